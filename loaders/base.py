@@ -1,0 +1,113 @@
+"""What a loader is: files in, a model that can run out. One format is one file here and one line in `LOADERS`.
+
+Loaders block; the mesh calls them in worker threads. `infer` may be called from several threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Tensor = npt.NDArray[Any]
+"""A C-contiguous array of a dtype in `datatypes.DTYPES`; BYTES tensors hold `bytes` objects."""
+
+
+class LoaderError(Exception):
+    """A model cannot be sized, loaded or unloaded. The message is one sentence meant for the model's owner."""
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+        """Whether the same load may succeed later or elsewhere (out of memory, a file not there yet)."""
+
+
+class InferError(Exception):
+    """The model itself failed on this request; `bad_input` tells whose fault it is."""
+
+    def __init__(self, message: str, *, bad_input: bool) -> None:
+        super().__init__(message)
+        self.bad_input = bad_input
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a model. `shape` uses -1 for a size known only at run time."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a model takes and gives, as ModelMetadata tells it."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    platform: str
+    """V2's free text, e.g. `onnx_onnxv1`, `pytorch_torchscript`, `sklearn`."""
+    lenient: bool = False
+    """The model takes its single input under any name and in any numeric datatype or BYTES (scikit-learn: KServe's
+    clients say `input-0`, MLServer's `predict`); declared names and datatypes are then only a hint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A model's files on local disk and how its owner wants them read."""
+
+    path: Path
+    """The model file, or a directory for formats that are one."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """The registered `key` JSON: loader-specific settings; unknown names are refused by the loader."""
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    """Signature declared beside the model (model-settings.json, config.pbtxt); empty: take the model's own."""
+
+
+class LoadedModel(Protocol):
+    """A model in memory. `signature` and `size_bytes` do not change while it is loaded."""
+
+    @property
+    def signature(self) -> Signature: ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Measured bytes this copy holds in memory; at least 1."""
+        ...
+
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+        """Run once. Inputs were checked against `signature`; `outputs` names are of the signature, never empty.
+
+        Raises:
+            InferError: the model refused the values or failed.
+        """
+        ...
+
+    def unload(self) -> None:
+        """Give all memory back; called once, with no `infer` running or to come."""
+        ...
+
+
+class Loader(Protocol):
+    """Reads one format. Construction imports the framework and may raise `LoaderError` with the install line."""
+
+    def estimate_bytes(self, artifact: Artifact) -> int:
+        """Bytes the loaded model will hold, from its files alone, at most a few milliseconds; at least 1.
+
+        Raises:
+            LoaderError: the files are missing or plainly not of this format.
+        """
+        ...
+
+    def load(self, artifact: Artifact) -> LoadedModel:
+        """Load the model; nothing stays behind when this raises.
+
+        Raises:
+            LoaderError: with the framework's own reason.
+        """
+        ...

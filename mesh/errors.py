@@ -1,0 +1,164 @@
+"""Every way a request can fail, each with its gRPC code and whether another pod may do better (design §7).
+
+Bugs are not here: an impossible state raises something else and ends the process.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar, Final
+
+
+class Code(IntEnum):
+    """gRPC status codes (grpc/doc/statuscodes.md), so that nothing but the adapters needs grpcio."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class MeshError(Exception):
+    """A request's failure, as the client will see it."""
+
+    code: ClassVar[Code] = Code.UNKNOWN
+    try_elsewhere: ClassVar[bool] = False
+    """Another pod may succeed where this one did not."""
+    reason: ClassVar[str] = ""
+    """Sent between pods in the trailer `densemesh-reason`, because codes alone are ambiguous there."""
+    retry_after_ms: int | None = None
+    """Sent to clients in the trailer `grpc-retry-pushback-ms` (gRFC A6)."""
+
+
+class InvalidRequest(MeshError):
+    """The message is malformed or disagrees with itself or the model; names the field and what was expected."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class ModelNotFound(MeshError):
+    """No such model, vmodel or version is registered."""
+
+    code = Code.NOT_FOUND
+
+
+class AlreadyExists(MeshError):
+    """Registered with other attributes, or owned by somebody else."""
+
+    code = Code.ALREADY_EXISTS
+
+
+class FailedPrecondition(MeshError):
+    """A compare-and-set or a rule between records did not hold."""
+
+    code = Code.FAILED_PRECONDITION
+
+
+class LoadFailed(MeshError):
+    """The model cannot be loaded; carries the loader's own reason."""
+
+    code = Code.FAILED_PRECONDITION
+    try_elsewhere = True
+    reason = "load-failed"
+
+
+class LoadUnavailable(MeshError):
+    """The load failed for a reason that may pass."""
+
+    code = Code.UNAVAILABLE
+    try_elsewhere = True
+    reason = "load-unavailable"
+    retry_after_ms = 1_000
+
+
+class NoRoom(MeshError):
+    """No pod has room now: too much is pinned or in flight, or the model fits nowhere."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    try_elsewhere = True
+    reason = "no-room"
+    retry_after_ms = 1_000
+
+
+class Overloaded(MeshError):
+    """A limit on queued or running work was reached."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    retry_after_ms = 200
+
+
+class MessageTooLarge(MeshError):
+    """The message exceeds the configured limit."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class NotHere(MeshError):
+    """A peer believed this pod to hold a copy that it does not hold (any more). Never shown to clients."""
+
+    code = Code.UNAVAILABLE
+    try_elsewhere = True
+    reason = "not-here"
+
+
+class PodUnavailable(MeshError):
+    """A peer cannot be reached, or is draining; inference is idempotent, so another pod may answer."""
+
+    code = Code.UNAVAILABLE
+    try_elsewhere = True
+    reason = "unavailable"
+    retry_after_ms = 500
+
+
+class RegistryUnavailable(MeshError):
+    """The registry does not answer; loaded models go on serving."""
+
+    code = Code.UNAVAILABLE
+    retry_after_ms = 1_000
+
+
+class DeadlineExceeded(MeshError):
+    code = Code.DEADLINE_EXCEEDED
+
+
+class Unimplemented(MeshError):
+    """An RPC, datatype or option that this server does not have."""
+
+    code = Code.UNIMPLEMENTED
+
+
+class ModelFailed(MeshError):
+    """The model itself failed while running a well-formed request."""
+
+    code = Code.INTERNAL
+
+
+BY_REASON: Final[dict[str, type[MeshError]]] = {
+    error.reason: error for error in (LoadFailed, LoadUnavailable, NoRoom, NotHere, PodUnavailable)
+}
+"""How a peer's trailer becomes an error again."""
+
+BY_CODE: Final[dict[Code, type[MeshError]]] = {
+    Code.INVALID_ARGUMENT: InvalidRequest,
+    Code.NOT_FOUND: ModelNotFound,
+    Code.FAILED_PRECONDITION: FailedPrecondition,
+    Code.RESOURCE_EXHAUSTED: Overloaded,
+    Code.DEADLINE_EXCEEDED: DeadlineExceeded,
+    Code.UNIMPLEMENTED: Unimplemented,
+    Code.INTERNAL: ModelFailed,
+    Code.UNAVAILABLE: PodUnavailable,
+}
+"""How a peer's status becomes an error again when no reason came with it."""
