@@ -1,1 +1,1 @@
-"""Where copies of models live: a pure decision core. Events in, actions out; no I/O, no clock, no unseeded chance."""
+"""Where copies of models live: a pure decision core. Events in, actions out; no I/O, no clock, no unseeded draw."""

@@ -1,0 +1,112 @@
+"""Which model a call means: ModelMesh's headers, or the name in the message; vmodels resolved, registry asked on a miss."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Final
+
+from cachetools import TTLCache
+
+from mesh.errors import InvalidRequest, ModelNotFound, RegistryUnavailable, Unimplemented
+from mesh.mirror import Mirror
+from mesh.registry.base import RegistryError
+from mesh.rpc import Call
+from mesh.wire import peek_string
+from placement.records import ModelId, model_key, vmodel_key
+from placement.view import ClusterView
+
+MAX_ID_BYTES: Final = 512
+
+_MISS_TTL_S: Final = 1.0
+_MISSES: Final = 10_000
+
+
+class Directory:
+    """Names to registered models."""
+
+    def __init__(self, view: ClusterView, mirror: Mirror, clock: Callable[[], float]) -> None:
+        self._view = view
+        self._mirror = mirror
+        # A name asked for again and again must not become a read of the registry each time; the watch brings it anyway.
+        self._misses: TTLCache[str, bool] = TTLCache(_MISSES, _MISS_TTL_S, clock)
+
+    async def resolve(self, call: Call, message: bytes, field_number: int) -> ModelId:
+        """The concrete model of a model-scoped call.
+
+        `mm-model-id` names a model, `mm-vmodel-id` a vmodel (each also as `-bin`); without either, the name in the
+        message is a vmodel's if there is one, else a model's.
+
+        Raises:
+            InvalidRequest: no name, both headers, or a name that cannot be one.
+            ModelNotFound, RegistryUnavailable, Unimplemented
+        """
+        models, vmodels = call.texts("mm-model-id"), call.texts("mm-vmodel-id")
+        if call.texts("mm-required"):
+            raise Unimplemented("header mm-required (one request to several models) is not supported")
+        if len(models) + len(vmodels) > 1:
+            raise InvalidRequest("headers mm-model-id and mm-vmodel-id: expected one id in all, found several")
+        if models:
+            return await self.model(check_id("header mm-model-id", models[0]))
+        if vmodels:
+            return await self.vmodel(check_id("header mm-vmodel-id", vmodels[0]))
+        name = peek_string(message, field_number)
+        if not name:
+            raise InvalidRequest("the model's name is missing from both the message and the header mm-model-id")
+        check_id("the model's name", name)
+        vmodel = self._view.vmodels.get(name)
+        if vmodel is not None:
+            return vmodel.active
+        if name in self._view.models:
+            return name
+        try:
+            return await self.vmodel(name)
+        except ModelNotFound:
+            return await self.model(name)
+
+    async def model(self, model_id: ModelId) -> ModelId:
+        """The id, if it is registered.
+
+        Raises:
+            ModelNotFound, RegistryUnavailable
+        """
+        if model_id not in self._view.models and not await self._fetch(model_key(model_id)):
+            raise ModelNotFound(f"model {model_id!r} is not registered")
+        return model_id
+
+    async def vmodel(self, vmodel_id: str) -> ModelId:
+        """The active model of a vmodel.
+
+        Raises:
+            ModelNotFound, RegistryUnavailable
+        """
+        if vmodel_id not in self._view.vmodels and not await self._fetch(vmodel_key(vmodel_id)):
+            raise ModelNotFound(f"vmodel {vmodel_id!r} is not registered")
+        return self._view.vmodels[vmodel_id].active
+
+    async def _fetch(self, key: str) -> bool:
+        """Whether the registry has the key, which is then in the view."""
+        if key in self._misses:
+            return False
+        try:
+            found = await self._mirror.fetch(key) is not None
+        except RegistryError as error:
+            raise RegistryUnavailable(f"the registry does not answer: {error}") from None
+        if not found:
+            self._misses[key] = True
+        return found
+
+
+def check_id(what: str, name: str) -> str:
+    """The name, if it can be a model's or vmodel's id.
+
+    Raises:
+        InvalidRequest
+    """
+    if not name:
+        raise InvalidRequest(f"{what}: expected a non-empty id")
+    if len(name.encode()) > MAX_ID_BYTES:
+        raise InvalidRequest(f"{what}: expected at most {MAX_ID_BYTES} bytes, found {len(name.encode())}")
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise InvalidRequest(f"{what}: expected no control characters in {name!r}")
+    return name

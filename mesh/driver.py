@@ -1,0 +1,266 @@
+"""The engine's only caller: events go in, actions are carried out, their outcomes go in again as events.
+
+Everything here runs on the event loop's thread except what frameworks do: sizing, loading and unloading in `loading`
+threads, inference in `running` threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from loaders import loader_for
+from loaders.artifacts import resolve
+from loaders.base import Artifact, LoadedModel, LoaderError
+from mesh.errors import ModelNotFound
+from mesh.publisher import Publisher
+from mesh.repository import from_key
+from placement.cache import Copy
+from placement.engine import Engine
+from placement.messages import (
+    Action,
+    CopyUnwanted,
+    CopyWanted,
+    EnsureLoaded,
+    EstimateSize,
+    Event,
+    LoadFailed,
+    LoadFinished,
+    Publish,
+    SettleVModel,
+    SizeEstimated,
+    StartLoad,
+    StartUnload,
+    Tick,
+    UnloadFinished,
+    Unpublish,
+    Wake,
+)
+from placement.records import ModelId, ModelRecord, copy_key, encode, pod_key
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_TICK_S = 0.5
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds, as registry records have it."""
+    return time.time_ns() // 1_000_000
+
+
+class Driver:
+    """Carries out what the engine decides."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        publisher: Publisher,
+        tasks: asyncio.TaskGroup,
+        *,
+        allowed_code: frozenset[str],
+        run_threads: int,
+        version: str,
+    ) -> None:
+        self.engine = engine
+        self.ensure_loaded: Callable[[ModelId], Awaitable[None]] | None = None
+        """Set by the pod: how the leader's wish for a loaded target is met."""
+        self.settle_vmodel: Callable[[SettleVModel], Awaitable[None]] | None = None
+        self._publisher = publisher
+        self._tasks = tasks
+        self._allowed_code = allowed_code
+        self._version = version
+        self._loaded: dict[ModelId, LoadedModel] = {}
+        self._waiters: dict[ModelId, asyncio.Future[None]] = {}
+        self._leading: set[object] = set()
+        """What the leader asked for and is still under way."""
+        # Unloads and estimates must not queue behind loads, or room would wait for what waits for room.
+        slots = engine.limits.load_slots
+        self._loading = ThreadPoolExecutor(slots, "load")
+        self._housekeeping = ThreadPoolExecutor(2, "housekeeping")
+        self._running = ThreadPoolExecutor(run_threads, "run")
+
+    # Requests
+
+    def loaded(self, model_id: ModelId) -> LoadedModel:
+        """The model of a LOADED copy."""
+        return self._loaded[model_id]
+
+    def want(self, model_id: ModelId, *, last_used_ms: int | None = None, retry_failed: bool = False) -> None:
+        """The model should be loaded here.
+
+        Raises:
+            ModelNotFound: it is not registered (any more).
+        """
+        if model_id not in self.engine.view.models:
+            raise ModelNotFound(f"model {model_id!r} is not registered")
+        self.step(CopyWanted(model_id, now_ms() if last_used_ms is None else last_used_ms, retry_failed))
+
+    async def changed(self, model_id: ModelId) -> None:
+        """Return when the model's copy here has ended a load, a failure or an unload."""
+        waiter = self._waiters.get(model_id)
+        if waiter is None:
+            waiter = self._waiters[model_id] = asyncio.get_running_loop().create_future()
+        await asyncio.shield(waiter)
+
+    def pin(self, copy: Copy) -> None:
+        self.engine.pin(copy)
+
+    def unpin(self, copy: Copy) -> None:
+        actions = self.engine.unpin(copy, now_ms())
+        if actions:
+            self._carry_out(actions)
+
+    async def run(self, copy: Copy, work: Callable[[], T]) -> T:
+        """Run blocking work on a pinned copy in a thread; the pin is given back when the thread has ended, which may be
+        after the caller was cancelled."""
+        future = asyncio.get_running_loop().run_in_executor(self._running, work)
+        try:
+            return await asyncio.shield(future)
+        finally:
+            if future.done():
+                self.unpin(copy)
+            else:
+                future.add_done_callback(lambda done: self._abandoned(copy, done))
+
+    def _abandoned(self, copy: Copy, done: asyncio.Future[T]) -> None:
+        if not done.cancelled():
+            done.exception()  # the caller is gone; nobody else asks
+        self.unpin(copy)
+
+    # Events and actions
+
+    def step(self, event: Event) -> None:
+        self._carry_out(self.engine.step(event, now_ms()))
+
+    def models_changed(self, model_ids: Iterable[ModelId]) -> None:
+        """Registrations vanished or changed: their copies are of no use."""
+        for model_id in model_ids:
+            self.step(CopyUnwanted(model_id))
+
+    async def tick(self) -> None:
+        """Let time pass, and publish how this pod is, until cancelled."""
+        while True:
+            self.step(Tick())
+            self.publish_pod()
+            await asyncio.sleep(_TICK_S)
+
+    def publish_pod(self) -> None:
+        self._publisher.put(pod_key(self.engine.pod_id), encode(self.engine.pod_record(self._version)))
+
+    def close(self) -> None:
+        """Unload everything; no request may be running."""
+        for pool in (self._running, self._loading, self._housekeeping):
+            pool.shutdown(wait=True, cancel_futures=True)
+        for model in self._loaded.values():
+            model.unload()
+        self._loaded.clear()
+
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        pod_id = self.engine.pod_id
+        for action in actions:
+            match action:
+                case EstimateSize(model):
+                    self._tasks.create_task(self._estimate(model))
+                case StartLoad(model):
+                    self._tasks.create_task(self._load(model))
+                case StartUnload(model_id):
+                    self._tasks.create_task(self._unload(model_id))
+                case Publish(copy):
+                    self._publisher.put(copy_key(pod_id, copy.model_id), encode(copy))
+                case Unpublish(model_id):
+                    self._publisher.delete(copy_key(pod_id, model_id))
+                case Wake(model_id):
+                    waiter = self._waiters.pop(model_id, None)
+                    if waiter is not None:
+                        waiter.set_result(None)
+                case EnsureLoaded(model_id):
+                    assert self.ensure_loaded is not None
+                    self._lead(action, self.ensure_loaded(model_id))
+                case SettleVModel():
+                    assert self.settle_vmodel is not None
+                    self._lead(action, self.settle_vmodel(action))
+
+    def _lead(self, action: Action, work: Awaitable[None]) -> None:
+        """The leader plans the same action at every tick until it shows; carry it out once at a time."""
+
+        async def once() -> None:
+            try:
+                await work
+            finally:
+                self._leading.discard(action)
+
+        if action not in self._leading:
+            self._leading.add(action)
+            self._tasks.create_task(once())
+
+    async def _estimate(self, model: ModelRecord) -> None:
+        await self._attempt(model, self._housekeeping, self._estimate_bytes, SizeEstimated)
+
+    async def _load(self, model: ModelRecord) -> None:
+        started = time.monotonic()
+
+        def finished(model_id: ModelId, loaded: LoadedModel) -> LoadFinished:
+            self._loaded[model_id] = loaded
+            elapsed_ms = (time.monotonic() - started) * 1e3
+            log.info("copy %s LOADING -> LOADED in %.0f ms, %d bytes", model_id, elapsed_ms, loaded.size_bytes)
+            return LoadFinished(model_id, loaded.size_bytes)
+
+        await self._attempt(model, self._loading, self._load_model, finished)
+
+    async def _attempt(
+        self,
+        model: ModelRecord,
+        pool: ThreadPoolExecutor,
+        work: Callable[[ModelRecord], T],
+        event: Callable[[ModelId, T], Event],
+    ) -> None:
+        """Run a loader in a thread. Whatever it raises is this model's failure, not the pod's."""
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(pool, work, model)
+        except LoaderError as error:
+            failed = LoadFailed(model.model_id, str(error), error.retryable)
+        except MemoryError:
+            failed = LoadFailed(model.model_id, "out of memory", True)
+        except Exception as error:
+            log.exception("loader %s broke on model %s", model.format, model.model_id)
+            failed = LoadFailed(model.model_id, f"loader {model.format}: {type(error).__name__}: {error}", False)
+        else:
+            self.step(event(model.model_id, result))
+            return
+        log.warning("copy %s FAILED: %s", model.model_id, failed.error)
+        self.step(failed)
+
+    async def _unload(self, model_id: ModelId) -> None:
+        model = self._loaded.pop(model_id)
+        await asyncio.get_running_loop().run_in_executor(self._housekeeping, model.unload)
+        log.info("copy %s UNLOADING -> gone", model_id)
+        self.step(UnloadFinished(model_id))
+
+    def _estimate_bytes(self, model: ModelRecord) -> int:
+        return loader_for(_format(model)).estimate_bytes(self._artifact(model))
+
+    def _load_model(self, model: ModelRecord) -> LoadedModel:
+        return loader_for(_format(model)).load(self._artifact(model))
+
+    def _artifact(self, model: ModelRecord) -> Artifact:
+        try:
+            settings = from_key(model.key)
+        except ValueError as error:
+            raise LoaderError(f"registered key: {error}") from None
+        return Artifact(
+            path=resolve(_format(model), model.path, allowed_code=self._allowed_code),
+            parameters=settings.parameters,
+            inputs=settings.inputs,
+            outputs=settings.outputs,
+        )
+
+
+def _format(model: ModelRecord) -> str:
+    """The format in ModelInfo.type: `onnx`, or as the ModelMesh controller writes it, `mt:onnx[:version][|pv:...]`."""
+    return model.format.removeprefix("mt:").split("|")[0].split(":")[0]

@@ -1,0 +1,113 @@
+"""The grpcio (asyncio) front end of `mesh.rpc`: the reference, and the fallback where throughput does not matter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from mesh.errors import Code, DeadlineExceeded, MeshError
+from mesh.rpc import Call, Handlers, Stream, Unary
+
+_STATUS = {status.value[0]: status for status in grpc.StatusCode}
+
+
+class GrpcioServer:
+    """Serves `Handlers` on one or more addresses."""
+
+    def __init__(self, handlers: Handlers, *, max_message_bytes: int, default_timeout_s: float) -> None:
+        self._default_timeout_s = default_timeout_s
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        self._server.add_generic_rpc_handlers((_Generic(handlers, self._unary, self._stream),))
+
+    def listen(self, address: str) -> int:
+        """Bind; the port that was given. Call before `start`.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        try:
+            return int(self._server.add_insecure_port(address))
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, let running ones end within `grace_s`, then cancel them."""
+        await self._server.stop(grace_s)
+
+    def _unary(self, handler: Unary) -> Callable[[bytes, Any], Any]:
+        async def serve(message: bytes, context: Any) -> bytes:
+            call = self._call(context, handler)
+            try:
+                async with asyncio.timeout_at(call.deadline):
+                    response = await handler(call, message)
+            except TimeoutError:
+                await _abort(context, DeadlineExceeded("the deadline passed before the request was served"), call)
+            except MeshError as error:
+                await _abort(context, error, call)
+            if call.reply_metadata:
+                await context.send_initial_metadata(tuple(call.reply_metadata.items()))
+            return response
+
+        return serve
+
+    def _stream(self, handler: Stream) -> Callable[[Any, Any], Any]:
+        async def serve(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            call = self._call(context, handler)
+            try:
+                async for response in handler(call, messages):
+                    yield response
+            except MeshError as error:
+                await _abort(context, error, call)
+
+        return serve
+
+    def _call(self, context: Any, handler: Unary | Stream) -> Call:
+        remaining_s = context.time_remaining()
+        timeout_s = self._default_timeout_s if remaining_s is None else remaining_s
+        return Call(
+            method=context.method,
+            metadata=[(key, value) for key, value in context.invocation_metadata()],
+            deadline=asyncio.get_running_loop().time() + timeout_s,
+        )
+
+
+class _Generic(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Looks handlers up by path; messages stay bytes."""
+
+    def __init__(self, handlers: Handlers, unary: Callable[[Unary], Any], stream: Callable[[Stream], Any]) -> None:
+        self._methods = {
+            **{path: grpc.unary_unary_rpc_method_handler(unary(handler)) for path, handler in handlers.unary.items()},
+            **{
+                path: grpc.stream_stream_rpc_method_handler(stream(handler))
+                for path, handler in handlers.streams.items()
+            },
+        }
+
+    def service(self, details: Any) -> Any:
+        return self._methods.get(details.method)
+
+
+async def _abort(context: Any, error: MeshError, call: Call) -> None:
+    trailers = []
+    if error.reason:
+        trailers.append(("densemesh-reason", error.reason))
+    if error.retry_after_ms is not None:
+        trailers.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
+    if call.reply_metadata:
+        await context.send_initial_metadata(tuple(call.reply_metadata.items()))
+    await context.abort(_STATUS[Code(error.code)], str(error), tuple(trailers))

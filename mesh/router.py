@@ -1,0 +1,165 @@
+"""A request's walk through the mesh: ask the engine, then serve, join, load or forward.
+
+A bounded number of attempts, each without the pods that were tried in vain, all within the request's one deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from mesh.directory import Directory
+from mesh.driver import Driver, now_ms
+from mesh.errors import LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
+from mesh.rpc import HOLDER, Call, Client, Metadata
+from placement.cache import Copy
+from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.messages import Forward, Hop, Join, LoadHere, Refuse, Serve, Why
+from placement.records import ModelId, PodId
+
+HOP: Final = "densemesh-hop"
+"""Request header between pods: `hit` or `load`."""
+MODEL: Final = "densemesh-model-bin"
+"""Request header between pods: the concrete model id, so that both agree what a vmodel meant."""
+
+ATTEMPTS: Final = 6
+"""Pods asked for one request; a load may fail on fewer (`Limits.load_tries`)."""
+
+Local = Callable[[Copy, Call, bytes], Awaitable[bytes]]
+"""Serves a call on a loaded copy, which stays pinned meanwhile."""
+
+_NOT_FORWARDED: Final = ("grpc-", ":", "densemesh-", "user-agent", "content-type", "te")
+
+
+class Router:
+    """Takes calls to models where they can be served."""
+
+    def __init__(self, driver: Driver, client: Client, directory: Directory) -> None:
+        self._driver = driver
+        self._engine = driver.engine
+        self._client = client
+        self._directory = directory
+
+    async def model_of(self, call: Call, message: bytes, field_number: int) -> tuple[ModelId, Hop]:
+        """The concrete model a call is for, and how the call came here.
+
+        Raises:
+            MeshError: see `Directory.resolve`.
+        """
+        hops, models = call.texts(HOP), call.texts(MODEL.removesuffix("-bin"))
+        if hops and models:
+            return models[0], Hop.LOAD_HERE if hops[0] == Hop.LOAD_HERE.value else Hop.HIT_ONLY
+        return await self._directory.resolve(call, message, field_number), Hop.CLIENT
+
+    async def walk(self, call: Call, message: bytes, model_id: ModelId, hop: Hop, local: Local) -> bytes:
+        """Serve a call for a concrete model, here or elsewhere.
+
+        Raises:
+            MeshError: why the last pod that was asked, or every pod, cannot serve it.
+        """
+        engine = self._engine
+        exclude: set[PodId] = set()
+        last: MeshError | None = None
+        for attempt in range(ATTEMPTS):
+            engine.stats.retries += attempt > 0
+            route = engine.route(model_id, hop, exclude, now_ms())
+            try:
+                match route:
+                    case Serve(copy):
+                        return await self._serve(copy, call, message, local)
+                    case Join(copy):
+                        response = await self._join(copy, call, message, local)
+                    case LoadHere():
+                        response = await self._load(model_id, call, message, local)
+                    case Forward(pod_id, onward):
+                        return await self._forward(pod_id, onward, call, message, model_id)
+                    case Refuse(Why.UNKNOWN_MODEL):
+                        await self._directory.model(model_id)  # registered a moment ago, or not at all
+                        continue
+                    case Refuse(why, detail):
+                        raise _refusal(why, model_id, detail, last)
+            except MeshError as error:
+                if hop is not Hop.CLIENT or not error.try_elsewhere or isinstance(route, Refuse):
+                    raise
+                last = error
+                exclude.add(route.pod_id if isinstance(route, Forward) else engine.pod_id)
+                continue
+            if response is not None:
+                return response
+        raise (
+            last
+            if last is not None and not isinstance(last, NotHere)
+            else PodUnavailable(
+                f"model {model_id!r}: its copies moved {ATTEMPTS} times while the request looked for one"
+            )
+        )
+
+    async def _serve(self, copy: Copy, call: Call, message: bytes, local: Local) -> bytes:
+        self._driver.pin(copy)
+        try:
+            call.reply_metadata[HOLDER] = self._engine.pod_id
+            return await local(copy, call, message)
+        finally:
+            self._driver.unpin(copy)
+
+    async def _load(self, model_id: ModelId, call: Call, message: bytes, local: Local) -> bytes | None:
+        self._driver.want(model_id)
+        copy = self._engine.cache.copies[model_id]
+        if copy.state in IN_FLIGHT and not copy.doomed:
+            return await self._join(copy, call, message, local)
+        await self._driver.changed(model_id)  # an unload has to end first
+        return None
+
+    async def _join(self, copy: Copy, call: Call, message: bytes, local: Local) -> bytes | None:
+        """Wait for a copy on its way, then serve; None: it went away meanwhile."""
+        self._driver.pin(copy)
+        try:
+            while copy.state in IN_FLIGHT and not copy.doomed:
+                await self._driver.changed(copy.model.model_id)
+            if copy.state is CopyState.LOADED:
+                return await self._serve(copy, call, message, local)
+            if copy.state is CopyState.FAILED:
+                raise load_error(copy.model.model_id, copy.error, copy.retryable)
+            return None
+        finally:
+            self._driver.unpin(copy)
+
+    async def _forward(self, pod_id: PodId, hop: Hop, call: Call, message: bytes, model_id: ModelId) -> bytes:
+        """Send the same bytes to another pod."""
+        metadata: Metadata = [
+            *((key, value) for key, value in call.metadata if not key.startswith(_NOT_FORWARDED)),
+            (HOP, hop.value),
+            (MODEL, model_id.encode()),
+        ]
+        address = self._engine.view.pods[pod_id].address
+        reached = True
+        self._engine.forward_started(pod_id)
+        try:
+            response, headers = await self._client.call(address, call.method, message, metadata, call.deadline)
+        except PodUnavailable:
+            reached = False
+            raise
+        finally:
+            self._engine.forward_ended(pod_id, reached=reached, now_ms=now_ms())
+        call.reply_metadata[HOLDER] = headers.get(HOLDER, pod_id)
+        return response
+
+
+def load_error(model_id: ModelId, detail: str, retryable: bool) -> MeshError:
+    """What a client hears of a failed load."""
+    return (LoadUnavailable if retryable else LoadFailed)(f"model {model_id!r} cannot be loaded: {detail}")
+
+
+def _refusal(why: Why, model_id: ModelId, detail: str, last: MeshError | None) -> MeshError:
+    """What a client hears when no pod is left; an earlier attempt's own words say more than `no room`."""
+    match why:
+        case Why.LOAD_FAILED | Why.LOAD_FAILED_FOR_NOW:
+            return load_error(model_id, detail, why is Why.LOAD_FAILED_FOR_NOW)
+        case Why.NOT_HERE:
+            return NotHere(f"model {model_id!r} is not here")
+        case Why.NO_POD:
+            return PodUnavailable(f"model {model_id!r}: {detail}")
+        case _:
+            return (
+                last if last is not None and not isinstance(last, NotHere) else NoRoom(f"model {model_id!r}: {detail}")
+            )

@@ -1,0 +1,82 @@
+"""The port between gRPC front ends and everything behind them: bytes and plain types, nothing of grpcio.
+
+A front end turns each RPC into a `Call` and looks up its handler by path; what the handler returns is the response,
+and a `MeshError` it raises is the status. `mesh.grpcio_server` is one front end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mesh.errors import InvalidRequest
+
+Metadata = Sequence[tuple[str, str | bytes]]
+"""Lower-case keys in order, repeats kept; `-bin` keys hold bytes, all others ASCII text."""
+
+HOLDER = "densemesh-pod"
+"""Response header: the pod that served the request; a client may go straight to it."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One RPC as it came in."""
+
+    method: str
+    """Full path, e.g. `/inference.GRPCInferenceService/ModelInfer`."""
+    metadata: Metadata
+    deadline: float
+    """Event loop time at which the client gives up."""
+    reply_metadata: dict[str, str] = field(default_factory=dict)
+    """Response headers; handlers add to it before they return."""
+
+    def texts(self, key: str) -> list[str]:
+        """The values of a key and of its `-bin` form, as text.
+
+        Raises:
+            InvalidRequest: a `-bin` value is not UTF-8.
+        """
+        found: list[str] = []
+        for name, value in self.metadata:
+            if name == key and isinstance(value, str):
+                found.append(value)
+            elif name == f"{key}-bin":
+                try:
+                    found.append(value.decode() if isinstance(value, bytes) else value)
+                except UnicodeDecodeError:
+                    raise InvalidRequest(f"header {name} is not UTF-8") from None
+        return found
+
+
+Unary = Callable[[Call, bytes], Awaitable[bytes]]
+Stream = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What a server serves, by full method path."""
+
+    unary: Mapping[str, Unary]
+    streams: Mapping[str, Stream]
+
+
+class Client(Protocol):
+    """Calls other servers with raw messages."""
+
+    async def call(
+        self, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
+    ) -> tuple[bytes, Mapping[str, str]]:
+        """One unary call; the response and its text headers.
+
+        Raises:
+            MeshError: the peer's own answer, as the class its reason or code names; `PodUnavailable` if it cannot be
+                reached.
+        """
+        ...
+
+    async def forget(self, address: str) -> None:
+        """The peer is gone: close what leads to it."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,162 @@
+"""One pod's copies and its bytes, exact to the byte.
+
+Every byte of capacity is in one of five books:
+
+    loaded      LOADED copies, at their measured size
+    loading     LOADING and SIZING copies, at their estimate until the books are corrected
+    unloading   UNLOADING copies: still in memory
+    promised    WAITING copies: not taken yet, but spoken for
+    free        the rest
+
+Two invariants hold after every change (`check` asserts them):
+
+    loaded + loading + unloading <= capacity    what is in memory
+    loaded + loading + promised  <= capacity    what will be once unloads have finished
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from placement.lifecycle import CopyState, Move, next_state
+from placement.policies.base import EvictionPolicy
+from placement.records import ModelId, ModelRecord
+
+
+@dataclass(eq=False, slots=True)
+class Copy:
+    """One model's copy on this pod, from the moment it is wanted."""
+
+    model: ModelRecord
+    since_ms: int
+    """When it came into its state."""
+    used_ms: int
+    """Where it enters the eviction order when it is loaded."""
+    state: CopyState = CopyState.QUEUED
+    size_bytes: int = 0
+    """Estimated until LOADED, measured from then on."""
+    measured_bytes: int = 0
+    """While SIZING: what the books must be corrected to."""
+    pins: int = 0
+    """Requests that use it or wait for it; a pinned copy is never evicted."""
+    doomed: bool = False
+    """The model was removed while it loaded: unload as soon as that has ended."""
+    unload_started: bool = False
+    reload: bool = False
+    """Wanted again while UNLOADING."""
+    estimated: bool = False
+    error: str = ""
+    retryable: bool = False
+    expires_ms: int = 0
+    """While FAILED: when it is forgotten."""
+
+    def __repr__(self) -> str:
+        return f"<{self.model.model_id} {self.state.value} {self.size_bytes}B pins={self.pins}>"
+
+
+class Cache:
+    """The copies of one pod by model, the books, and the eviction order."""
+
+    def __init__(self, capacity_bytes: int, policy: EvictionPolicy) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.policy = policy
+        self.copies: dict[ModelId, Copy] = {}
+        self._bytes = dict.fromkeys(CopyState, 0)
+        self._count = dict.fromkeys(CopyState, 0)
+
+    def __repr__(self) -> str:
+        b = self._bytes
+        return (
+            f"loaded={b[CopyState.LOADED]} loading={b[CopyState.LOADING] + b[CopyState.SIZING]} "
+            f"unloading={b[CopyState.UNLOADING]} promised={b[CopyState.WAITING]} of {self.capacity_bytes}"
+        )
+
+    def count(self, *states: CopyState) -> int:
+        return sum(self._count[state] for state in states)
+
+    def bytes_in(self, *states: CopyState) -> int:
+        return sum(self._bytes[state] for state in states)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Loaded, loading or promised: what is spoken for once unloads have finished."""
+        return self.bytes_in(CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.WAITING)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is in memory by the books."""
+        return self.bytes_in(CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.UNLOADING)
+
+    @property
+    def free_bytes(self) -> int:
+        """What a load may take right now."""
+        return self.capacity_bytes - self.resident_bytes
+
+    def add(self, copy: Copy) -> None:
+        """Take up a QUEUED copy, which holds no bytes yet."""
+        assert copy.model.model_id not in self.copies, copy
+        self.copies[copy.model.model_id] = copy
+        self._count[copy.state] += 1
+
+    def move(self, copy: Copy, move: Move, now_ms: int) -> None:
+        """The only way a copy's state changes: the table, the books and the eviction order stay in step.
+
+        Raises:
+            IllegalMove: nothing has changed.
+        """
+        before, after = copy.state, next_state(copy.state, move)
+        self._leave(copy, before)
+        copy.state, copy.since_ms = after, now_ms
+        if move is Move.SETTLE:
+            copy.size_bytes = copy.measured_bytes
+        if after is CopyState.LOADED:
+            self.policy.insert(copy.model.model_id, copy.size_bytes, copy.used_ms)
+        elif before is CopyState.LOADED:
+            self.policy.remove(copy.model.model_id)
+        self._enter(copy, after)
+        if after is CopyState.GONE:
+            del self.copies[copy.model.model_id]
+
+    def victims(self, need_bytes: int) -> list[Copy] | None:
+        """The coldest unpinned LOADED copies that together hold `need_bytes`; None: there are not enough."""
+        if need_bytes <= 0:
+            return []
+        chosen: list[Copy] = []
+        for copy in self._evictable():
+            chosen.append(copy)
+            need_bytes -= copy.size_bytes
+            if need_bytes <= 0:
+                return chosen
+        return None
+
+    def check(self) -> None:
+        """Assert the invariants and that the books equal the sum of the copies (tests and the simulator call it)."""
+        for state in CopyState:
+            copies = [copy for copy in self.copies.values() if copy.state is state]
+            held = sum(copy.size_bytes for copy in copies) if state in _HOLDING else 0
+            assert self._bytes[state] == held, (state, self._bytes[state], held)
+            assert self._count[state] == len(copies), state
+        assert self.resident_bytes <= self.capacity_bytes, self
+        assert self.committed_bytes <= self.capacity_bytes, self
+        assert all(copy.pins >= 0 for copy in self.copies.values())
+
+    def _evictable(self) -> Iterator[Copy]:
+        for model_id in self.policy.coldest():
+            copy = self.copies[model_id]
+            if not copy.pins:
+                yield copy
+
+    def _leave(self, copy: Copy, state: CopyState) -> None:
+        self._count[state] -= 1
+        if state in _HOLDING:
+            self._bytes[state] -= copy.size_bytes
+
+    def _enter(self, copy: Copy, state: CopyState) -> None:
+        if state is not CopyState.GONE:
+            self._count[state] += 1
+        if state in _HOLDING:
+            self._bytes[state] += copy.size_bytes
+
+
+_HOLDING = frozenset({CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING})

@@ -1,0 +1,274 @@
+"""One pod's brain: `route` says where a request goes, `step` turns an event into actions.
+
+Nothing here waits, reads a clock or touches the network: whoever calls carries out the actions and reports their
+outcome as events, in production (`mesh.driver`) as in simulation. All methods are called from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from random import Random
+from typing import Final
+
+from placement import leader
+from placement.cache import Copy
+from placement.copies import Limits, LocalCopies
+from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.messages import (
+    Action,
+    CopyUnwanted,
+    CopyWanted,
+    DrainStarted,
+    Event,
+    Forward,
+    Hop,
+    Join,
+    LoadFailed,
+    LoadFinished,
+    LoadHere,
+    Refuse,
+    Route,
+    Serve,
+    SizeEstimated,
+    Tick,
+    UnloadFinished,
+    Why,
+)
+from placement.policies.base import EvictionPolicy
+from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord
+from placement.selection import candidates, choose_holder, choose_target
+from placement.stats import Stats
+from placement.view import ClusterView
+
+_NO_ACTIONS: Final[Sequence[Action]] = ()
+
+
+class Engine:
+    """Decides for one pod."""
+
+    def __init__(
+        self, pod_id: PodId, address: str, limits: Limits, view: ClusterView, policy: EvictionPolicy, rng: Random
+    ) -> None:
+        self.pod_id = pod_id
+        self.address = address
+        self.limits = limits
+        self.view = view
+        self.stats = Stats()
+        self.copies = LocalCopies(pod_id, limits, view, policy, self.stats)
+        self.cache = self.copies.cache
+        self.draining = False
+        self._rng = rng
+        self._in_flight: dict[PodId, int] = {}
+        self._suspects: dict[PodId, int] = {}
+        self._assumed: dict[PodId, tuple[int, int]] = {}
+        """Bytes sent to a pod to load since its record of that revision."""
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.pod_id} {self.copies!r}>"
+
+    # Requests
+
+    def route(self, model_id: ModelId, hop: Hop, exclude: Set[PodId], now_ms: int) -> Route:
+        """Where a request for a model goes.
+
+        1. A copy is loaded here: serve it.
+        2. From a client, and a copy is loaded elsewhere: forward to a holder.
+        3. A copy is on its way here: join it.
+        4. From a client, and a copy is on its way elsewhere: forward to join it there.
+        5. Nobody has it: load it, here or on the pod that is best for it.
+        6. Or no pod can.
+        """
+        copy = self.cache.copies.get(model_id)
+        if copy is not None and self.pod_id in exclude:
+            copy = None
+        if copy is not None and copy.state is CopyState.LOADED:
+            self.cache.policy.touch(model_id, now_ms)
+            self.stats.hits += 1
+            return Serve(copy)
+        if hop is Hop.CLIENT:
+            holder = self._holder(model_id, CopyStatus.LOADED, exclude, now_ms)
+            if holder is not None:
+                return self._forward(holder, Hop.HIT_ONLY)
+        if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
+            copy.used_ms = max(copy.used_ms, now_ms)
+            self.stats.joins += 1
+            return Join(copy)
+        if hop is Hop.CLIENT:
+            holder = self._holder(model_id, CopyStatus.LOADING, exclude, now_ms)
+            if holder is not None:
+                return self._forward(holder, Hop.LOAD_HERE)
+        return self._place(model_id, copy, hop, exclude, now_ms)
+
+    def pin(self, copy: Copy) -> None:
+        """A request uses the copy, or waits for it: it will not be evicted."""
+        copy.pins += 1
+
+    def unpin(self, copy: Copy, now_ms: int) -> Sequence[Action]:
+        """The request has ended. Usually nothing follows."""
+        if copy.pins > 1:
+            copy.pins -= 1
+            return _NO_ACTIONS
+        actions: list[Action] = []
+        self.copies.unpin(copy, now_ms, actions)
+        return actions
+
+    def forward_started(self, pod_id: PodId) -> None:
+        self._in_flight[pod_id] = self._in_flight.get(pod_id, 0) + 1
+
+    def forward_ended(self, pod_id: PodId, *, reached: bool, now_ms: int) -> None:
+        """The peer has answered, or could not be reached and is avoided for a while."""
+        left = self._in_flight[pod_id] - 1
+        if left:
+            self._in_flight[pod_id] = left
+        else:
+            del self._in_flight[pod_id]
+        if not reached:
+            self._suspects[pod_id] = now_ms + self.limits.suspect_ms
+        elif self._suspects:
+            self._suspects.pop(pod_id, None)
+
+    def pod_record(self, version: str = "") -> PodRecord:
+        """This pod as it describes itself to the others."""
+        count = self.cache.count
+        return PodRecord(
+            pod_id=self.pod_id,
+            address=self.address,
+            capacity_bytes=self.limits.capacity_bytes,
+            used_bytes=self.cache.committed_bytes,
+            oldest_used_ms=self.cache.policy.oldest_used_ms(),
+            loaded=count(CopyState.LOADED),
+            loading=count(*IN_FLIGHT),
+            failed=count(CopyState.FAILED),
+            draining=self.draining,
+            version=version,
+        )
+
+    # Events
+
+    def step(self, event: Event, now_ms: int) -> list[Action]:
+        """Take in what happened; return what must be done.
+
+        Raises:
+            IllegalMove, KeyError: the event does not fit any copy's state, which is a bug of the caller.
+        """
+        actions: list[Action] = []
+        copies = self.copies
+        match event:
+            case CopyWanted():
+                copies.wanted(event, now_ms, actions)
+            case SizeEstimated(model_id, size_bytes):
+                copies.estimated(self.cache.copies[model_id], size_bytes, now_ms, actions)
+            case LoadFinished(model_id, size_bytes):
+                copies.loaded(self.cache.copies[model_id], size_bytes, now_ms)
+            case LoadFailed(model_id, error, retryable):
+                copies.failed(self.cache.copies[model_id], error, retryable, now_ms, actions)
+            case UnloadFinished(model_id):
+                copies.unloaded(self.cache.copies[model_id], now_ms, actions)
+            case CopyUnwanted(model_id):
+                copy = self.cache.copies.get(model_id)
+                if copy is not None:
+                    copies.unwanted(copy, now_ms, actions)
+            case Tick():
+                copies.expire(now_ms, actions)
+                self._suspects = {p: until_ms for p, until_ms in self._suspects.items() if until_ms > now_ms}
+                actions += leader.plan(self.view, self.pod_id)
+            case DrainStarted():
+                self.draining = True
+        copies.advance(now_ms, actions)
+        return actions
+
+    # Choosing
+
+    def _place(self, model_id: ModelId, copy: Copy | None, hop: Hop, exclude: Set[PodId], now_ms: int) -> Route:
+        """Nobody has the model: who loads it?"""
+        model = self.view.models.get(model_id)
+        if model is None:
+            return self._refuse(Why.UNKNOWN_MODEL)
+        failed = copy if copy is not None and copy.state is CopyState.FAILED else None
+        if hop is Hop.HIT_ONLY:
+            return self._refuse(Why.NOT_HERE)
+        if hop is Hop.LOAD_HERE:
+            if failed is not None:
+                return self._refuse(_failure(failed.retryable), failed.error)
+            if self.draining:
+                return self._refuse(Why.NOT_HERE)
+            self.stats.loads += 1
+            return LoadHere()
+        failures = [c for c in self.view.copies(model_id).values() if c.status is CopyStatus.FAILED]
+        if failed is not None and all(f.pod_id != self.pod_id for f in failures):
+            failures.append(self.copies.record(failed))
+        elif failed is None:
+            failures = [f for f in failures if f.pod_id != self.pod_id]
+        if len(failures) >= self.limits.load_tries:
+            return self._refuse_failed(failures)
+        size_bytes = self.view.size_bytes(model_id)
+        must_fit_bytes = self.view.measured(model_id) or 0
+        unfit = {*exclude, *self._suspects, *(f.pod_id for f in failures)}
+        pods = {**self.view.pods, self.pod_id: self.pod_record()}
+        among = candidates(
+            pods.values(),
+            must_fit_bytes=must_fit_bytes,
+            assumed_bytes={pod_id: self._assumed_bytes(pod_id) for pod_id in self._assumed},
+            exclude=unfit,
+            now_ms=now_ms,
+        )
+        target = choose_target(model_id, size_bytes, among)
+        if target is None:
+            return self._refuse_all(failures, must_fit_bytes, list(pods.values()))
+        if target == self.pod_id:
+            self.stats.loads += 1
+            return LoadHere()
+        self._assume(target, size_bytes)
+        return self._forward(target, Hop.LOAD_HERE)
+
+    def _holder(self, model_id: ModelId, status: CopyStatus, exclude: Set[PodId], now_ms: int) -> PodId | None:
+        """Another pod whose copy has this status, alive and not suspect."""
+        copies = self.view.copies(model_id)
+        if not copies:
+            return None
+        holders = [
+            pod_id
+            for pod_id, copy in copies.items()
+            if copy.status is status
+            and pod_id != self.pod_id
+            and pod_id in self.view.pods
+            and pod_id not in exclude
+            and self._suspects.get(pod_id, 0) <= now_ms
+        ]
+        return choose_holder(holders, self._in_flight, self._rng) if holders else None
+
+    def _forward(self, pod_id: PodId, hop: Hop) -> Forward:
+        self.stats.forwards += 1
+        return Forward(pod_id, hop)
+
+    def _refuse(self, why: Why, detail: str = "") -> Refuse:
+        self.stats.refusals += 1
+        return Refuse(why, detail)
+
+    def _refuse_failed(self, failures: Sequence[CopyRecord]) -> Refuse:
+        reasons = "; ".join(f"pod {f.pod_id}: {f.error}" for f in failures)
+        return self._refuse(_failure(any(f.retryable for f in failures)), reasons)
+
+    def _refuse_all(self, failures: Sequence[CopyRecord], size_bytes: int, pods: Sequence[PodRecord]) -> Refuse:
+        if failures:
+            return self._refuse_failed(failures)
+        largest = max((pod.capacity_bytes for pod in pods if not pod.draining), default=0)
+        if largest == 0:
+            return self._refuse(Why.NO_POD, "every pod is draining")
+        if size_bytes > largest:
+            return self._refuse(Why.LOAD_FAILED, f"needs {size_bytes} bytes; the largest pod holds {largest} bytes")
+        return self._refuse(Why.NO_ROOM, "no pod that could hold the model can be reached")
+
+    def _assume(self, pod_id: PodId, size_bytes: int) -> None:
+        """Until the pod speaks again, count what was sent to it (kube-scheduler's `assume`)."""
+        revision = self.view.pods[pod_id].revision
+        self._assumed[pod_id] = (revision, self._assumed_bytes(pod_id) + size_bytes)
+
+    def _assumed_bytes(self, pod_id: PodId) -> int:
+        revision, size_bytes = self._assumed.get(pod_id, (-1, 0))
+        pod = self.view.pods.get(pod_id)
+        return size_bytes if pod is not None and pod.revision == revision else 0
+
+
+def _failure(retryable: bool) -> Why:
+    return Why.LOAD_FAILED_FOR_NOW if retryable else Why.LOAD_FAILED

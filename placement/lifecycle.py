@@ -1,0 +1,74 @@
+"""The life of one model copy on one pod, as one table. Every move that is not in it raises.
+
+QUEUED -> WAITING -> LOADING -> SIZING -> LOADED -> UNLOADING -> (gone)
+
+QUEUED     wanted; its size is being estimated, or no load slot or room can be promised yet
+WAITING    room is promised; the evictions that make it are not finished
+LOADING    the loader works; the estimate's bytes are taken
+SIZING     loaded and measured; the books are being corrected, which may need evictions
+LOADED     serves
+UNLOADING  does not serve any more; its bytes count until the unload has finished
+FAILED     cannot be loaded; holds no bytes; tried again after its expiry
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+
+class CopyState(Enum):
+    QUEUED = "queued"
+    WAITING = "waiting"
+    LOADING = "loading"
+    SIZING = "sizing"
+    LOADED = "loaded"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+    GONE = "gone"
+
+
+class Move(Enum):
+    PROMISE = "room promised"
+    START = "room free, load started"
+    FINISH = "load finished"
+    SETTLE = "books corrected"
+    EVICT = "evicted or removed"
+    UNLOADED = "unload finished"
+    FAIL = "failed"
+    RETRY = "wanted again"
+    DROP = "dropped"
+
+
+class IllegalMove(AssertionError):
+    """A bug: the engine asked for a move that the table does not have."""
+
+
+_S, _M = CopyState, Move
+
+TRANSITIONS: Final[dict[CopyState, dict[Move, CopyState]]] = {
+    _S.QUEUED: {_M.PROMISE: _S.WAITING, _M.FAIL: _S.FAILED, _M.DROP: _S.GONE},
+    _S.WAITING: {_M.START: _S.LOADING, _M.FAIL: _S.FAILED, _M.DROP: _S.GONE},
+    _S.LOADING: {_M.FINISH: _S.SIZING, _M.FAIL: _S.FAILED},
+    _S.SIZING: {_M.SETTLE: _S.LOADED, _M.EVICT: _S.UNLOADING},
+    _S.LOADED: {_M.EVICT: _S.UNLOADING},
+    # UNLOADING -> FAILED: measured larger than the pod can hold; it is given back and not tried again at once.
+    _S.UNLOADING: {_M.UNLOADED: _S.GONE, _M.FAIL: _S.FAILED},
+    _S.FAILED: {_M.RETRY: _S.QUEUED, _M.DROP: _S.GONE},
+    _S.GONE: {},
+}
+
+IN_FLIGHT: Final = frozenset({_S.QUEUED, _S.WAITING, _S.LOADING, _S.SIZING})
+"""On the way to LOADED: a request may join."""
+
+
+def next_state(state: CopyState, move: Move) -> CopyState:
+    """Where a move leads.
+
+    Raises:
+        IllegalMove: the table does not have it; nothing has changed.
+    """
+    try:
+        return TRANSITIONS[state][move]
+    except KeyError:
+        raise IllegalMove(f"no move {move.value!r} from {state.value!r}") from None

@@ -1,0 +1,187 @@
+"""What goes into the engine and what comes out: events, actions, and the ways a request can go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from placement.cache import Copy
+from placement.records import CopyRecord, ModelId, ModelRecord, PodId, VModelRecord
+
+# Events: what happened. `Engine.step` takes one and returns actions.
+
+
+@dataclass(frozen=True, slots=True)
+class CopyWanted:
+    """Somebody needs the model here."""
+
+    model_id: ModelId
+    last_used_ms: int
+    """Where it enters the eviction order; Unix ms."""
+    retry_failed: bool = False
+    """Asked for by name (ensureLoaded): a remembered failure does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeEstimated:
+    model_id: ModelId
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFinished:
+    model_id: ModelId
+    size_bytes: int
+    """Measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The estimate or the load failed; nothing is left in memory."""
+
+    model_id: ModelId
+    error: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadFinished:
+    model_id: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class CopyUnwanted:
+    """The copy here is of no use: the model was removed or registered anew with other contents, or somebody asked for
+    it to be given up (RepositoryModelUnload)."""
+
+    model_id: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; about once a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainStarted:
+    """The pod is going away: nothing new is loaded here."""
+
+
+Event = CopyWanted | SizeEstimated | LoadFinished | LoadFailed | UnloadFinished | CopyUnwanted | Tick | DrainStarted
+
+# Actions: what the shell must do. Each answers with an event, or with none.
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateSize:
+    """Answer: SizeEstimated or LoadFailed."""
+
+    model: ModelRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StartLoad:
+    """Answer: LoadFinished or LoadFailed."""
+
+    model: ModelRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StartUnload:
+    """Nobody uses the copy. Answer: UnloadFinished."""
+
+    model_id: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Tell the registry of this copy."""
+
+    copy: CopyRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Unpublish:
+    """Take this copy out of the registry."""
+
+    model_id: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """The copy left the in-flight states: whoever waits may look again."""
+
+    model_id: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class EnsureLoaded:
+    """Leader: a vmodel's target must be loaded somewhere."""
+
+    model_id: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class SettleVModel:
+    """Leader: replace `old` by `new` if it still stands."""
+
+    old: VModelRecord
+    new: VModelRecord
+
+
+Action = EstimateSize | StartLoad | StartUnload | Publish | Unpublish | Wake | EnsureLoaded | SettleVModel
+
+# Routes: where a request goes.
+
+
+class Hop(Enum):
+    """Who sent the request. Two hops at most: what a pod forwarded is never forwarded again."""
+
+    CLIENT = "client"
+    HIT_ONLY = "hit"
+    """From a pod that believes a copy to be here: serve or join, never load."""
+    LOAD_HERE = "load"
+    """From a pod that chose this one to load on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    copy: Copy
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """On its way here: wait for it."""
+
+    copy: Copy
+
+
+@dataclass(frozen=True, slots=True)
+class LoadHere:
+    """Step `CopyWanted`, then join."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    pod_id: PodId
+    hop: Hop
+
+
+class Why(Enum):
+    """Why a request is refused."""
+
+    UNKNOWN_MODEL = "unknown model"
+    NOT_HERE = "not here"
+    LOAD_FAILED = "load failed"
+    LOAD_FAILED_FOR_NOW = "load failed for now"
+    NO_ROOM = "no room"
+    NO_POD = "no pod"
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    why: Why
+    detail: str = ""
+
+
+Route = Serve | Join | LoadHere | Forward | Refuse

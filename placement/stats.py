@@ -1,0 +1,27 @@
+"""What became of requests and copies on one pod. Metrics, benches and the demo read this one struct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since start. Every attempt to place a request ends in one of the first five."""
+
+    hits: int = 0
+    """Served here at once."""
+    joins: int = 0
+    """Waited for a load that was already under way here."""
+    loads: int = 0
+    """Started a load here."""
+    forwards: int = 0
+    """Sent to another pod."""
+    refusals: int = 0
+    """No pod could serve it, or this one was asked for what it does not have."""
+    retries: int = 0
+    """Attempts beyond a request's first; included above."""
+    loads_finished: int = 0
+    loads_failed: int = 0
+    evictions: int = 0
+    """Copies given up for room; removals of models are not counted."""

@@ -1,0 +1,137 @@
+"""The cluster as this pod sees it: the registry's records, behind by the watch's lag.
+
+`apply` and `remove` are idempotent and keep the newer of two registrations, because a resumed watch may repeat itself
+and a single record may be read ahead of the watch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from placement.records import (
+    CopyRecord,
+    CopyStatus,
+    ModelId,
+    ModelRecord,
+    PodId,
+    PodRecord,
+    Record,
+    VModelRecord,
+)
+
+_NO_COPIES: Final[Mapping[PodId, CopyRecord]] = MappingProxyType({})
+
+
+class ClusterView:
+    """Records by id, plus what placement asks of them."""
+
+    def __init__(self) -> None:
+        self.models: dict[ModelId, ModelRecord] = {}
+        self.vmodels: dict[str, VModelRecord] = {}
+        self.pods: dict[PodId, PodRecord] = {}
+        self.in_transition: set[str] = set()
+        """VModels whose target is not active yet."""
+        self._copies: dict[ModelId, dict[PodId, CopyRecord]] = {}
+        self._sizes: dict[ModelId, int] = {}
+        self._sizes_sum = 0
+
+    def copies(self, model_id: ModelId) -> Mapping[PodId, CopyRecord]:
+        """The model's copies by pod; only pods that are alive."""
+        return self._copies.get(model_id, _NO_COPIES)
+
+    def size_bytes(self, model_id: ModelId) -> int:
+        """The model's size as last measured anywhere, else the mean of all measured models, else 0."""
+        known = self._sizes.get(model_id)
+        if known is not None:
+            return known
+        return self._sizes_sum // len(self._sizes) if self._sizes else 0
+
+    def measured(self, model_id: ModelId) -> int | None:
+        """The model's size as last measured anywhere; None: nobody has loaded it since this pod started."""
+        return self._sizes.get(model_id)
+
+    def learn_size(self, model_id: ModelId, size_bytes: int) -> None:
+        """A copy of the model was measured."""
+        self._sizes_sum += size_bytes - self._sizes.get(model_id, 0)
+        self._sizes[model_id] = size_bytes
+
+    def apply(self, record: Record) -> ModelId | None:
+        """Take up a record, unless a newer one of that key is known. Returns the model's id if it now means something
+        else than before."""
+        match record:
+            case ModelRecord():
+                old = self.models.get(record.model_id)
+                if old is not None and old.revision > record.revision:
+                    return None
+                self.models[record.model_id] = record
+                if old is not None and not same_contents(old, record):
+                    self._forget_size(record.model_id)
+                    return record.model_id
+            case VModelRecord():
+                known = self.vmodels.get(record.vmodel_id)
+                if known is not None and known.revision > record.revision:
+                    return None
+                self.vmodels[record.vmodel_id] = record
+                if record.active != record.target:
+                    self.in_transition.add(record.vmodel_id)
+                else:
+                    self.in_transition.discard(record.vmodel_id)
+            case PodRecord():
+                self.pods[record.pod_id] = record
+            case CopyRecord():
+                self._copies.setdefault(record.model_id, {})[record.pod_id] = record
+                if record.status is CopyStatus.LOADED:
+                    self.learn_size(record.model_id, record.size_bytes)
+        return None
+
+    def remove(self, key: str, revision: int | None = None) -> ModelId | None:
+        """Forget the record at a key, unless it is newer than `revision`; unknown keys are fine. Returns the model's id
+        if a model was removed."""
+        kind, _, rest = key.partition("/")
+        match kind:
+            case "models":
+                model = self.models.get(rest)
+                if model is None or (revision is not None and model.revision > revision):
+                    return None
+                del self.models[rest]
+                self._forget_size(rest)
+                return rest
+            case "vmodels":
+                vmodel = self.vmodels.get(rest)
+                if vmodel is not None and (revision is None or vmodel.revision <= revision):
+                    del self.vmodels[rest]
+                    self.in_transition.discard(rest)
+            case "pods":
+                self.pods.pop(rest, None)
+            case "copies":
+                pod_id, _, model_id = rest.partition("/")
+                copies = self._copies.get(model_id)
+                if copies is not None and copies.pop(pod_id, None) is not None and not copies:
+                    del self._copies[model_id]
+        return None
+
+    def replace(self, records: Iterable[Record]) -> list[ModelId]:
+        """Make the view equal to a snapshot. Returns the models that are gone or mean something else."""
+        before = self.models
+        self.models, self.vmodels, self.pods, self._copies = {}, {}, {}, {}
+        self.in_transition.clear()
+        for record in records:
+            self.apply(record)
+        changed = [
+            model_id
+            for model_id, model in before.items()
+            if model_id not in self.models or not same_contents(model, self.models[model_id])
+        ]
+        for model_id in changed:
+            self._forget_size(model_id)
+        return changed
+
+    def _forget_size(self, model_id: ModelId) -> None:
+        self._sizes_sum -= self._sizes.pop(model_id, 0)
+
+
+def same_contents(a: ModelRecord, b: ModelRecord) -> bool:
+    """Whether copies of one serve for the other: same registration, same files, same way to read them."""
+    return (a.created, a.format, a.path, a.key) == (b.created, b.format, b.path, b.key)
