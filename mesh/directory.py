@@ -1,4 +1,4 @@
-"""Which model a call means: ModelMesh's headers, or the name in the message; vmodels resolved, registry asked on a miss."""
+"""Which model a call means: by ModelMesh's headers or the name in the message; the registry is asked on a miss."""
 
 from __future__ import annotations
 
@@ -53,7 +53,14 @@ class Directory:
         name = peek_string(message, field_number)
         if not name:
             raise InvalidRequest("the model's name is missing from both the message and the header mm-model-id")
-        check_id("the model's name", name)
+        return await self.named(check_id("the model's name", name))
+
+    async def named(self, name: str) -> ModelId:
+        """The active model of the vmodel of that name if there is one, else the model of that name.
+
+        Raises:
+            ModelNotFound, RegistryUnavailable
+        """
         vmodel = self._view.vmodels.get(name)
         if vmodel is not None:
             return vmodel.active

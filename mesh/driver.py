@@ -11,14 +11,16 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from loaders import loader_for
 from loaders.artifacts import resolve
 from loaders.base import Artifact, LoadedModel, LoaderError
+from mesh import __version__
 from mesh.errors import ModelNotFound
 from mesh.publisher import Publisher
-from mesh.repository import from_key
+from mesh.repository import ModelSettings, from_key
 from placement.cache import Copy
 from placement.engine import Engine
 from placement.messages import (
@@ -54,6 +56,14 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model in memory, and what was registered with it."""
+
+    model: LoadedModel
+    settings: ModelSettings
+
+
 class Driver:
     """Carries out what the engine decides."""
 
@@ -65,17 +75,14 @@ class Driver:
         *,
         allowed_code: frozenset[str],
         run_threads: int,
-        version: str,
     ) -> None:
         self.engine = engine
-        self.ensure_loaded: Callable[[ModelId], Awaitable[None]] | None = None
-        """Set by the pod: how the leader's wish for a loaded target is met."""
-        self.settle_vmodel: Callable[[SettleVModel], Awaitable[None]] | None = None
+        self._ensure_loaded: Callable[[ModelId], Awaitable[None]] | None = None
+        self._settle_vmodel: Callable[[SettleVModel], Awaitable[None]] | None = None
         self._publisher = publisher
         self._tasks = tasks
         self._allowed_code = allowed_code
-        self._version = version
-        self._loaded: dict[ModelId, LoadedModel] = {}
+        self._loaded: dict[ModelId, Resident] = {}
         self._waiters: dict[ModelId, asyncio.Future[None]] = {}
         self._leading: set[object] = set()
         """What the leader asked for and is still under way."""
@@ -85,13 +92,21 @@ class Driver:
         self._housekeeping = ThreadPoolExecutor(2, "housekeeping")
         self._running = ThreadPoolExecutor(run_threads, "run")
 
+    def lead_with(
+        self,
+        ensure_loaded: Callable[[ModelId], Awaitable[None]],
+        settle_vmodel: Callable[[SettleVModel], Awaitable[None]],
+    ) -> None:
+        """How the leader's wishes are met; both need routing, which needs this driver."""
+        self._ensure_loaded, self._settle_vmodel = ensure_loaded, settle_vmodel
+
     # Requests
 
-    def loaded(self, model_id: ModelId) -> LoadedModel:
+    def resident(self, model_id: ModelId) -> Resident:
         """The model of a LOADED copy."""
         return self._loaded[model_id]
 
-    def want(self, model_id: ModelId, *, last_used_ms: int | None = None, retry_failed: bool = False) -> None:
+    def want(self, model_id: ModelId, *, last_used_ms: int | None = None) -> None:
         """The model should be loaded here.
 
         Raises:
@@ -99,7 +114,7 @@ class Driver:
         """
         if model_id not in self.engine.view.models:
             raise ModelNotFound(f"model {model_id!r} is not registered")
-        self.step(CopyWanted(model_id, now_ms() if last_used_ms is None else last_used_ms, retry_failed))
+        self.step(CopyWanted(model_id, now_ms() if last_used_ms is None else last_used_ms))
 
     async def changed(self, model_id: ModelId) -> None:
         """Return when the model's copy here has ended a load, a failure or an unload."""
@@ -117,8 +132,9 @@ class Driver:
             self._carry_out(actions)
 
     async def run(self, copy: Copy, work: Callable[[], T]) -> T:
-        """Run blocking work on a pinned copy in a thread; the pin is given back when the thread has ended, which may be
-        after the caller was cancelled."""
+        """Run blocking work on a copy in a thread; the copy stays pinned until the thread has ended, which may be after
+        the caller was cancelled."""
+        self.engine.pin(copy)
         future = asyncio.get_running_loop().run_in_executor(self._running, work)
         try:
             return await asyncio.shield(future)
@@ -151,14 +167,14 @@ class Driver:
             await asyncio.sleep(_TICK_S)
 
     def publish_pod(self) -> None:
-        self._publisher.put(pod_key(self.engine.pod_id), encode(self.engine.pod_record(self._version)))
+        self._publisher.put(pod_key(self.engine.pod_id), encode(self.engine.pod_record(__version__)))
 
     def close(self) -> None:
         """Unload everything; no request may be running."""
         for pool in (self._running, self._loading, self._housekeeping):
             pool.shutdown(wait=True, cancel_futures=True)
-        for model in self._loaded.values():
-            model.unload()
+        for resident in self._loaded.values():
+            resident.model.unload()
         self._loaded.clear()
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
@@ -180,18 +196,18 @@ class Driver:
                     if waiter is not None:
                         waiter.set_result(None)
                 case EnsureLoaded(model_id):
-                    assert self.ensure_loaded is not None
-                    self._lead(action, self.ensure_loaded(model_id))
+                    assert self._ensure_loaded is not None
+                    self._lead(action, self._ensure_loaded, model_id)
                 case SettleVModel():
-                    assert self.settle_vmodel is not None
-                    self._lead(action, self.settle_vmodel(action))
+                    assert self._settle_vmodel is not None
+                    self._lead(action, self._settle_vmodel, action)
 
-    def _lead(self, action: Action, work: Awaitable[None]) -> None:
+    def _lead(self, action: Action, work: Callable[[T], Awaitable[None]], argument: T) -> None:
         """The leader plans the same action at every tick until it shows; carry it out once at a time."""
 
         async def once() -> None:
             try:
-                await work
+                await work(argument)
             finally:
                 self._leading.discard(action)
 
@@ -205,11 +221,12 @@ class Driver:
     async def _load(self, model: ModelRecord) -> None:
         started = time.monotonic()
 
-        def finished(model_id: ModelId, loaded: LoadedModel) -> LoadFinished:
+        def finished(model_id: ModelId, loaded: Resident) -> LoadFinished:
             self._loaded[model_id] = loaded
             elapsed_ms = (time.monotonic() - started) * 1e3
-            log.info("copy %s LOADING -> LOADED in %.0f ms, %d bytes", model_id, elapsed_ms, loaded.size_bytes)
-            return LoadFinished(model_id, loaded.size_bytes)
+            size_bytes = loaded.model.size_bytes
+            log.info("copy %s LOADING -> LOADED in %.0f ms, %d bytes", model_id, elapsed_ms, size_bytes)
+            return LoadFinished(model_id, size_bytes)
 
         await self._attempt(model, self._loading, self._load_model, finished)
 
@@ -237,30 +254,39 @@ class Driver:
         self.step(failed)
 
     async def _unload(self, model_id: ModelId) -> None:
-        model = self._loaded.pop(model_id)
-        await asyncio.get_running_loop().run_in_executor(self._housekeeping, model.unload)
+        resident = self._loaded.pop(model_id)
+        await asyncio.get_running_loop().run_in_executor(self._housekeeping, resident.model.unload)
         log.info("copy %s UNLOADING -> gone", model_id)
         self.step(UnloadFinished(model_id))
 
     def _estimate_bytes(self, model: ModelRecord) -> int:
-        return loader_for(_format(model)).estimate_bytes(self._artifact(model))
+        return loader_for(format_of(model)).estimate_bytes(self._artifact(model, settings_of(model)))
 
-    def _load_model(self, model: ModelRecord) -> LoadedModel:
-        return loader_for(_format(model)).load(self._artifact(model))
+    def _load_model(self, model: ModelRecord) -> Resident:
+        settings = settings_of(model)
+        return Resident(loader_for(format_of(model)).load(self._artifact(model, settings)), settings)
 
-    def _artifact(self, model: ModelRecord) -> Artifact:
-        try:
-            settings = from_key(model.key)
-        except ValueError as error:
-            raise LoaderError(f"registered key: {error}") from None
+    def _artifact(self, model: ModelRecord, settings: ModelSettings) -> Artifact:
         return Artifact(
-            path=resolve(_format(model), model.path, allowed_code=self._allowed_code),
+            path=resolve(format_of(model), model.path, allowed_code=self._allowed_code),
             parameters=settings.parameters,
             inputs=settings.inputs,
             outputs=settings.outputs,
         )
 
 
-def _format(model: ModelRecord) -> str:
+def settings_of(model: ModelRecord) -> ModelSettings:
+    """What was registered with the model.
+
+    Raises:
+        LoaderError: the key is not what registration lets through: it was written by hand.
+    """
+    try:
+        return from_key(model.key)
+    except ValueError as error:
+        raise LoaderError(str(error)) from None
+
+
+def format_of(model: ModelRecord) -> str:
     """The format in ModelInfo.type: `onnx`, or as the ModelMesh controller writes it, `mt:onnx[:version][|pv:...]`."""
     return model.format.removeprefix("mt:").split("|")[0].split(":")[0]

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
-from mesh.errors import Code, DeadlineExceeded, MeshError
+from mesh.errors import DeadlineExceeded, MeshError
 from mesh.rpc import Call, Handlers, Stream, Unary
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 
 
 class GrpcioServer:
-    """Serves `Handlers` on one or more addresses."""
+    """Serves `Handlers` on one or more addresses: `listen`, `start`, `stop`."""
 
-    def __init__(self, handlers: Handlers, *, max_message_bytes: int, default_timeout_s: float) -> None:
+    def __init__(self, *, max_message_bytes: int, default_timeout_s: float) -> None:
         self._default_timeout_s = default_timeout_s
         self._server = grpc.aio.server(
             options=[
@@ -29,10 +29,9 @@ class GrpcioServer:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             ]
         )
-        self._server.add_generic_rpc_handlers((_Generic(handlers, self._unary, self._stream),))
 
     def listen(self, address: str) -> int:
-        """Bind; the port that was given. Call before `start`.
+        """Bind; the port that was given.
 
         Raises:
             OSError: the address cannot be bound.
@@ -40,18 +39,24 @@ class GrpcioServer:
         try:
             return int(self._server.add_insecure_port(address))
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from None
+            raise OSError(str(error)) from None
 
-    async def start(self) -> None:
+    async def start(self, handlers: Handlers) -> None:
+        """Begin to take calls."""
+        methods = {
+            **{path: self._unary(path, handler) for path, handler in handlers.unary.items()},
+            **{path: self._stream(path, handler) for path, handler in handlers.streams.items()},
+        }
+        self._server.add_generic_rpc_handlers((_ByPath(methods),))
         await self._server.start()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, let running ones end within `grace_s`, then cancel them."""
+        """Refuse new calls, let running ones end within `grace_s`, then cancel them. Safe to repeat."""
         await self._server.stop(grace_s)
 
-    def _unary(self, handler: Unary) -> Callable[[bytes, Any], Any]:
+    def _unary(self, path: str, handler: Unary) -> grpc.RpcMethodHandler:
         async def serve(message: bytes, context: Any) -> bytes:
-            call = self._call(context, handler)
+            call = self._call(path, context)
             try:
                 async with asyncio.timeout_at(call.deadline):
                     response = await handler(call, message)
@@ -63,46 +68,38 @@ class GrpcioServer:
                 await context.send_initial_metadata(tuple(call.reply_metadata.items()))
             return response
 
-        return serve
+        return grpc.unary_unary_rpc_method_handler(serve)
 
-    def _stream(self, handler: Stream) -> Callable[[Any, Any], Any]:
+    def _stream(self, path: str, handler: Stream) -> grpc.RpcMethodHandler:
         async def serve(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-            call = self._call(context, handler)
+            call = self._call(path, context)
             try:
                 async for response in handler(call, messages):
                     yield response
             except MeshError as error:
                 await _abort(context, error, call)
 
-        return serve
+        return grpc.stream_stream_rpc_method_handler(serve)
 
-    def _call(self, context: Any, handler: Unary | Stream) -> Call:
+    def _call(self, path: str, context: Any) -> Call:
         remaining_s = context.time_remaining()
         timeout_s = self._default_timeout_s if remaining_s is None else remaining_s
-        return Call(
-            method=context.method,
-            metadata=[(key, value) for key, value in context.invocation_metadata()],
-            deadline=asyncio.get_running_loop().time() + timeout_s,
-        )
+        metadata = [(key, value) for key, value in context.invocation_metadata()]
+        return Call(path, metadata, asyncio.get_running_loop().time() + timeout_s)
 
 
-class _Generic(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Looks handlers up by path; messages stay bytes."""
+class _ByPath(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Looks handlers up by path; messages stay bytes. An unknown path is UNIMPLEMENTED (gRPC over HTTP/2)."""
 
-    def __init__(self, handlers: Handlers, unary: Callable[[Unary], Any], stream: Callable[[Stream], Any]) -> None:
-        self._methods = {
-            **{path: grpc.unary_unary_rpc_method_handler(unary(handler)) for path, handler in handlers.unary.items()},
-            **{
-                path: grpc.stream_stream_rpc_method_handler(stream(handler))
-                for path, handler in handlers.streams.items()
-            },
-        }
+    def __init__(self, methods: dict[str, grpc.RpcMethodHandler]) -> None:
+        self._methods = methods
 
-    def service(self, details: Any) -> Any:
+    def service(self, details: Any) -> grpc.RpcMethodHandler | None:
         return self._methods.get(details.method)
 
 
-async def _abort(context: Any, error: MeshError, call: Call) -> None:
+async def _abort(context: Any, error: MeshError, call: Call) -> NoReturn:
+    """End the RPC with the error's status; raises inside grpcio, so it never returns."""
     trailers = []
     if error.reason:
         trailers.append(("densemesh-reason", error.reason))
@@ -110,4 +107,5 @@ async def _abort(context: Any, error: MeshError, call: Call) -> None:
         trailers.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
     if call.reply_metadata:
         await context.send_initial_metadata(tuple(call.reply_metadata.items()))
-    await context.abort(_STATUS[Code(error.code)], str(error), tuple(trailers))
+    await context.abort(_STATUS[error.code], str(error), tuple(trailers))
+    raise AssertionError("abort returned")

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from loaders.base import InferError, LoadedModel
+from loaders.base import InferError, LoadedModel, Tensor
 from mesh import __version__
-from mesh.directory import check_id
-from mesh.driver import Driver
-from mesh.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    MeshError,
-    ModelFailed,
-    ModelNotFound,
-)
-from mesh.repository import ModelSettings, from_key
+from mesh.directory import Directory, check_id
+from mesh.driver import Driver, settings_of
+from mesh.errors import InvalidRequest, MeshError, ModelFailed, ModelNotFound, Unimplemented
+from mesh.repository import ModelSettings
+from mesh.residency import Residency, overall
 from mesh.router import Router
 from mesh.rpc import Call, Handlers, Stream, Unary
-from mesh.status import model_status
-from mesh.tensors import DecodedRequest, check, decode, encode
+from mesh.tensors import check, decode, encode
 from placement.cache import Copy
-from placement.messages import CopyUnwanted, Hop
 from placement.records import CopyStatus, ModelId
 from protos import inference_pb2 as pb
 
@@ -39,10 +32,19 @@ M = TypeVar("M", bound=Message)
 class Inference:
     """Handlers of the V2 service."""
 
-    def __init__(self, driver: Driver, router: Router, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        router: Router,
+        directory: Directory,
+        residency: Residency,
+        is_ready: Callable[[], bool],
+    ) -> None:
         self._driver = driver
         self._engine = driver.engine
         self._router = router
+        self._directory = directory
+        self._residency = residency
         self._is_ready = is_ready
 
     def handlers(self) -> Handlers:
@@ -87,15 +89,14 @@ class Inference:
 
     async def _infer_here(self, copy: Copy, call: Call, message: bytes) -> bytes:
         """Decode, run in a thread, encode. `model_name` of the response is the name the client asked for."""
-        model = self._driver.loaded(copy.model.model_id)
-        request = check(decode(message), model.signature)
-        settings = from_key(copy.model.key)
-        _check_version(request.model_version, settings, copy.model.model_id)
-        _check_batch(request, settings)
+        resident = self._driver.resident(copy.model.model_id)
+        request = decode(message)
+        inputs, outputs = check(request, resident.model.signature)
+        _check_version(request.model_version, resident.settings, copy.model.model_id)
+        _check_batch(inputs, resident.settings)
+        results = await self._driver.run(copy, lambda: _infer(resident.model, inputs, outputs))
         asked = request.model_name or asked_name(call, copy.model.model_id)
-        self._driver.pin(copy)
-        outputs = await self._driver.run(copy, lambda: _infer(model, request))
-        return encode(request, outputs, model_name=asked, model_version=settings.version)
+        return encode(request, results, model_name=asked, model_version=resident.settings.version)
 
     async def _model_stream_infer(self, call: Call, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Triton's bidirectional stream: one answer per request, in order; errors stay in band."""
@@ -108,7 +109,7 @@ class Inference:
                     response = pb.ModelInferResponse.FromString(await self._model_infer(one, message))
                 yield pb.ModelStreamInferResponse(infer_response=response).SerializeToString()
             except TimeoutError:
-                yield pb.ModelStreamInferResponse(error_message=DeadlineExceeded.__name__).SerializeToString()
+                yield pb.ModelStreamInferResponse(error_message="the deadline passed").SerializeToString()
             except MeshError as error:
                 yield pb.ModelStreamInferResponse(error_message=str(error)).SerializeToString()
 
@@ -118,8 +119,8 @@ class Inference:
 
     async def _metadata_here(self, copy: Copy, call: Call, message: bytes) -> bytes:
         request = parse(pb.ModelMetadataRequest, message)
-        signature = self._driver.loaded(copy.model.model_id).signature
-        settings = from_key(copy.model.key)
+        resident = self._driver.resident(copy.model.model_id)
+        signature, settings = resident.model.signature, resident.settings
         _check_version(request.version, settings, copy.model.model_id)
         response = pb.ModelMetadataResponse(
             name=request.name or asked_name(call, copy.model.model_id),
@@ -137,10 +138,9 @@ class Inference:
         request = parse(pb.ModelReadyRequest, message)
         try:
             model_id, _ = await self._router.model_of(call, message, pb.ModelReadyRequest.NAME_FIELD_NUMBER)
-            model = self._engine.view.models[model_id]
-            _check_version(request.version, from_key(model.key), model_id)
-            status, _ = model_status(self._engine, model_id)
-            ready = status is not CopyStatus.FAILED
+            model = self._engine.view.models[await self._directory.model(model_id)]
+            _check_version(request.version, settings_of(model), model_id)
+            ready = overall(self._engine.copies_of(model_id).values())[0] is not CopyStatus.FAILED
         except ModelNotFound:
             ready = False
         return pb.ModelReadyResponse(ready=ready).SerializeToString()
@@ -150,32 +150,30 @@ class Inference:
     async def _repository_index(self, call: Call, message: bytes) -> bytes:
         request = parse(pb.RepositoryIndexRequest, message)
         response = pb.RepositoryIndexResponse()
-        for model_id in sorted(self._engine.view.models):
-            status, error = model_status(self._engine, model_id)
-            if request.ready and status is not CopyStatus.LOADED:
-                continue
-            settings = from_key(self._engine.view.models[model_id].key)
-            response.models.add(name=model_id, version=settings.version, state=_STATES[status], reason=error)
+        for model in sorted(self._engine.view.models.values(), key=lambda model: model.model_id):
+            status, errors = overall(self._engine.copies_of(model.model_id).values())
+            if status is CopyStatus.LOADED or not request.ready:
+                response.models.add(
+                    name=model.model_id,
+                    version=settings_of(model).version,
+                    state=_STATES[status],
+                    reason="; ".join(errors),
+                )
         return response.SerializeToString()
 
     async def _repository_load(self, call: Call, message: bytes) -> bytes:
         request = parse(pb.RepositoryModelLoadRequest, message)
         name = check_id("model_name", request.model_name or request.repository_name)
         if request.parameters:
-            raise InvalidRequest("parameters: config and file overrides are not supported; register the model anew")
-        await self._router.ensure_loaded(name, call.deadline)
+            raise Unimplemented("parameters: overriding a model's configuration or files; register the model anew")
+        await self._residency.ensure_loaded(await self._directory.named(name), call.deadline)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True).SerializeToString()
 
     async def _repository_unload(self, call: Call, message: bytes) -> bytes:
-        """Give up every copy; the model stays registered and is loaded again when it is asked for."""
+        """Give up every copy; the model stays registered and is loaded again when somebody asks for it."""
         request = parse(pb.RepositoryModelUnloadRequest, message)
         name = check_id("model_name", request.model_name or request.repository_name)
-        model_id, hop = await self._router.model_of_name(call, name)
-        self._driver.step(CopyUnwanted(model_id))
-        if hop is Hop.CLIENT:
-            await self._router.tell_holders(call, message, model_id)
-        while model_id in self._engine.cache.copies:
-            await self._driver.changed(model_id)
+        await self._residency.give_up(call, message, await self._directory.named(name))
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True).SerializeToString()
 
 
@@ -205,9 +203,9 @@ def asked_name(call: Call, model_id: ModelId) -> str:
     return next(iter(call.texts("mm-vmodel-id") or call.texts("mm-model-id")), model_id)
 
 
-def _infer(model: LoadedModel, request: DecodedRequest) -> dict[str, object]:
+def _infer(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
     try:
-        return model.infer(request.inputs, request.outputs)
+        return model.infer(inputs, outputs)
     except InferError as error:
         raise (InvalidRequest if error.bad_input else ModelFailed)(str(error)) from None
 
@@ -218,10 +216,10 @@ def _check_version(asked: str, settings: ModelSettings, model_id: ModelId) -> No
         raise ModelNotFound(f"model {model_id!r} {has}, not {asked!r}")
 
 
-def _check_batch(request: DecodedRequest, settings: ModelSettings) -> None:
+def _check_batch(inputs: Mapping[str, Tensor], settings: ModelSettings) -> None:
     """Triton: the first dimension of every input is the batch, at most max_batch_size."""
     if settings.max_batch_size:
-        for name, tensor in request.inputs.items():
+        for name, tensor in inputs.items():
             if tensor.ndim and tensor.shape[0] > settings.max_batch_size:
                 raise InvalidRequest(
                     f"input {name!r}: batch of {tensor.shape[0]}, expected at most {settings.max_batch_size}"

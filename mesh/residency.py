@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection
 from typing import Final
 
 from mesh.driver import Driver
+from mesh.errors import MeshError
 from mesh.router import HOP, MODEL, Router
 from mesh.rpc import HOLDER, Call, Client
 from placement.cache import Copy
@@ -14,17 +16,24 @@ from placement.messages import CopyUnwanted, Hop
 from placement.records import CopyRecord, CopyStatus, ModelId, PodId
 from protos import management_pb2 as pb
 
+log = logging.getLogger(__name__)
+
+_BACKGROUND_S: Final = 600.0
+"""How long a load may take that nobody waits for (ModelMesh: 600 s)."""
+
 ENSURE_LOADED: Final = "/mmesh.ModelMesh/ensureLoaded"
 
 
 class Residency:
     """Loads and gives up models across pods."""
 
-    def __init__(self, driver: Driver, router: Router, client: Client) -> None:
+    def __init__(self, driver: Driver, router: Router, client: Client, tasks: asyncio.TaskGroup) -> None:
         self._driver = driver
         self._engine = driver.engine
         self._router = router
         self._client = client
+        self._tasks = tasks
+        self._under_way: set[ModelId] = set()
 
     async def ensure_loaded(self, model_id: ModelId, deadline: float, used_ms: int | None = None) -> PodId:
         """Return the pod that holds the model when it is loaded there.
@@ -37,6 +46,23 @@ class Residency:
         async with asyncio.timeout_at(deadline):
             await self.ensure_for(call, request.SerializeToString(), model_id, Hop.CLIENT, used_ms)
         return call.reply_metadata[HOLDER]
+
+    def ensure_in_background(self, model_id: ModelId, used_ms: int | None = None) -> None:
+        """Start `ensure_loaded` without waiting for it; its failure is remembered by the pod that failed."""
+        if model_id not in self._under_way:
+            self._under_way.add(model_id)
+            self._tasks.create_task(self.ensure_quietly(model_id, used_ms))
+
+    async def ensure_quietly(self, model_id: ModelId, used_ms: int | None = None) -> None:
+        """`ensure_loaded` with a long deadline, whose failure is only logged."""
+        try:
+            await self.ensure_loaded(model_id, asyncio.get_running_loop().time() + _BACKGROUND_S, used_ms)
+        except MeshError as error:
+            log.warning("%s", error)
+        except TimeoutError:
+            log.warning("model %r is not loaded after %.0f s", model_id, _BACKGROUND_S)
+        finally:
+            self._under_way.discard(model_id)
 
     async def ensure_for(self, call: Call, message: bytes, model_id: ModelId, hop: Hop, used_ms: int | None) -> bytes:
         """The same for a call that came from a pod."""

@@ -51,8 +51,10 @@ class Router:
             return models[0], Hop.LOAD_HERE if hops[0] == Hop.LOAD_HERE.value else Hop.HIT_ONLY
         return await self._directory.resolve(call, message, field_number), Hop.CLIENT
 
-    async def walk(self, call: Call, message: bytes, model_id: ModelId, hop: Hop, local: Local) -> bytes:
-        """Serve a call for a concrete model, here or elsewhere.
+    async def walk(
+        self, call: Call, message: bytes, model_id: ModelId, hop: Hop, local: Local, used_ms: int | None = None
+    ) -> bytes:
+        """Serve a call for a concrete model, here or elsewhere; `used_ms` as in `Engine.route`.
 
         Raises:
             MeshError: why the last pod that was asked, or every pod, cannot serve it.
@@ -62,7 +64,7 @@ class Router:
         last: MeshError | None = None
         for attempt in range(ATTEMPTS):
             engine.stats.retries += attempt > 0
-            route = engine.route(model_id, hop, exclude, now_ms())
+            route = engine.route(model_id, hop, exclude, now_ms(), used_ms)
             try:
                 match route:
                     case Serve(copy):
@@ -70,7 +72,7 @@ class Router:
                     case Join(copy):
                         response = await self._join(copy, call, message, local)
                     case LoadHere():
-                        response = await self._load(model_id, call, message, local)
+                        response = await self._load(model_id, call, message, local, used_ms)
                     case Forward(pod_id, onward):
                         return await self._forward(pod_id, onward, call, message, model_id)
                     case Refuse(Why.UNKNOWN_MODEL):
@@ -102,8 +104,10 @@ class Router:
         finally:
             self._driver.unpin(copy)
 
-    async def _load(self, model_id: ModelId, call: Call, message: bytes, local: Local) -> bytes | None:
-        self._driver.want(model_id)
+    async def _load(
+        self, model_id: ModelId, call: Call, message: bytes, local: Local, used_ms: int | None
+    ) -> bytes | None:
+        self._driver.want(model_id, last_used_ms=used_ms)
         copy = self._engine.cache.copies[model_id]
         if copy.state in IN_FLIGHT and not copy.doomed:
             return await self._join(copy, call, message, local)

@@ -57,8 +57,11 @@ Stream = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
 class Handlers:
     """What a server serves, by full method path."""
 
-    unary: Mapping[str, Unary]
-    streams: Mapping[str, Stream]
+    unary: Mapping[str, Unary] = field(default_factory=dict)
+    streams: Mapping[str, Stream] = field(default_factory=dict)
+
+    def __or__(self, other: Handlers) -> Handlers:
+        return Handlers({**self.unary, **other.unary}, {**self.streams, **other.streams})
 
 
 class Client(Protocol):

@@ -68,11 +68,15 @@ class LocalCopies:
 
     def records(self) -> dict[ModelId, CopyRecord]:
         """This pod's copies as the registry should tell them."""
-        copies = self.cache.copies.values()
-        return {c.model.model_id: self.record(c) for c in copies if c.state in _PUBLISHED and not c.doomed}
+        records = ((model_id, self.published(model_id)) for model_id in self.cache.copies)
+        return {model_id: record for model_id, record in records if record is not None}
+
+    def published(self, model_id: ModelId) -> CopyRecord | None:
+        """A model's copy as the registry should tell it; None: it should not."""
+        copy = self.cache.copies.get(model_id)
+        return None if copy is None or copy.doomed or copy.state not in _PUBLISHED else self.record(copy)
 
     def record(self, copy: Copy) -> CopyRecord:
-        """A copy as the registry should tell it."""
         return CopyRecord(
             model_id=copy.model.model_id,
             pod_id=self.pod_id,
@@ -88,13 +92,10 @@ class LocalCopies:
         if copy is None:
             copy = Copy(self._view.models[event.model_id], since_ms=now_ms, used_ms=event.last_used_ms)
             self.cache.add(copy)
-            self._enqueue(copy, actions)
+            self._queue.append(copy)
+            actions += (Publish(self.record(copy)), EstimateSize(copy.model))
         elif copy.state is CopyState.UNLOADING or copy.doomed:
             copy.reload = True
-        elif copy.state is CopyState.FAILED and event.retry_failed:
-            self.cache.move(copy, Move.RETRY, now_ms)
-            copy.error, copy.estimated = "", False
-            self._enqueue(copy, actions)
         elif copy.state is CopyState.LOADED:
             self.cache.policy.touch(event.model_id, event.last_used_ms)
         else:
@@ -129,7 +130,6 @@ class LocalCopies:
             actions += (Publish(self.record(copy)), Wake(copy.model.model_id))
 
     def unloaded(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
-        copy.unload_started = False
         if copy.error:
             self.failed(copy, copy.error, copy.retryable, now_ms, actions)
         else:
@@ -179,10 +179,6 @@ class LocalCopies:
                 self.cache.move(copy, Move.PROMISE, now_ms)
                 if copy.size_bytes <= self.cache.free_bytes:
                     self._load(copy, now_ms, actions)
-
-    def _enqueue(self, copy: Copy, actions: list[Action]) -> None:
-        self._queue.append(copy)
-        actions += (Publish(self.record(copy)), EstimateSize(copy.model))
 
     def _load(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         self.cache.move(copy, Move.START, now_ms)

@@ -68,8 +68,8 @@ class Engine:
 
     # Requests
 
-    def route(self, model_id: ModelId, hop: Hop, exclude: Set[PodId], now_ms: int) -> Route:
-        """Where a request for a model goes.
+    def route(self, model_id: ModelId, hop: Hop, exclude: Set[PodId], now_ms: int, used_ms: int | None = None) -> Route:
+        """Where a request for a model goes. `used_ms` is the time at which the use counts, if not now.
 
         1. A copy is loaded here: serve it.
         2. From a client, and a copy is loaded elsewhere: forward to a holder.
@@ -82,7 +82,7 @@ class Engine:
         if copy is not None and self.pod_id in exclude:
             copy = None
         if copy is not None and copy.state is CopyState.LOADED:
-            self.cache.policy.touch(model_id, now_ms)
+            self.cache.policy.touch(model_id, now_ms if used_ms is None else used_ms)
             self.stats.hits += 1
             return Serve(copy)
         if hop is Hop.CLIENT:
@@ -90,7 +90,7 @@ class Engine:
             if holder is not None:
                 return self._forward(holder, Hop.HIT_ONLY)
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
-            copy.used_ms = max(copy.used_ms, now_ms)
+            copy.used_ms = max(copy.used_ms, now_ms if used_ms is None else used_ms)
             self.stats.joins += 1
             return Join(copy)
         if hop is Hop.CLIENT:
@@ -126,6 +126,12 @@ class Engine:
             self._suspects[pod_id] = now_ms + self.limits.suspect_ms
         elif self._suspects:
             self._suspects.pop(pod_id, None)
+
+    def copies_of(self, model_id: ModelId) -> dict[PodId, CopyRecord]:
+        """Every pod's copy of a model: this pod's as it is, the others' as the registry tells."""
+        copies = {pod_id: copy for pod_id, copy in self.view.copies(model_id).items() if pod_id != self.pod_id}
+        own = self.copies.published(model_id)
+        return copies if own is None else {**copies, self.pod_id: own}
 
     def pod_record(self, version: str = "") -> PodRecord:
         """This pod as it describes itself to the others."""
@@ -194,11 +200,7 @@ class Engine:
                 return self._refuse(Why.NOT_HERE)
             self.stats.loads += 1
             return LoadHere()
-        failures = [c for c in self.view.copies(model_id).values() if c.status is CopyStatus.FAILED]
-        if failed is not None and all(f.pod_id != self.pod_id for f in failures):
-            failures.append(self.copies.record(failed))
-        elif failed is None:
-            failures = [f for f in failures if f.pod_id != self.pod_id]
+        failures = [c for c in self.copies_of(model_id).values() if c.status is CopyStatus.FAILED]
         if len(failures) >= self.limits.load_tries:
             return self._refuse_failed(failures)
         size_bytes = self.view.size_bytes(model_id)

@@ -8,7 +8,7 @@ LOADING    the loader works; the estimate's bytes are taken
 SIZING     loaded and measured; the books are being corrected, which may need evictions
 LOADED     serves
 UNLOADING  does not serve any more; its bytes count until the unload has finished
-FAILED     cannot be loaded; holds no bytes; tried again after its expiry
+FAILED     cannot be loaded; holds no bytes; forgotten after its expiry, or when the model changes
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Move(Enum):
     EVICT = "evicted or removed"
     UNLOADED = "unload finished"
     FAIL = "failed"
-    RETRY = "wanted again"
     DROP = "dropped"
 
 
@@ -54,7 +53,7 @@ TRANSITIONS: Final[dict[CopyState, dict[Move, CopyState]]] = {
     _S.LOADED: {_M.EVICT: _S.UNLOADING},
     # UNLOADING -> FAILED: measured larger than the pod can hold; it is given back and not tried again at once.
     _S.UNLOADING: {_M.UNLOADED: _S.GONE, _M.FAIL: _S.FAILED},
-    _S.FAILED: {_M.RETRY: _S.QUEUED, _M.DROP: _S.GONE},
+    _S.FAILED: {_M.DROP: _S.GONE},
     _S.GONE: {},
 }
 

@@ -18,8 +18,6 @@ class CopyWanted:
     model_id: ModelId
     last_used_ms: int
     """Where it enters the eviction order; Unix ms."""
-    retry_failed: bool = False
-    """Asked for by name (ensureLoaded): a remembered failure does not count."""
 
 
 @dataclass(frozen=True, slots=True)

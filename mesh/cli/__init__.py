@@ -1,0 +1,1 @@
+"""The command `densemesh`: serve, up, and what talks to a running mesh."""

@@ -1,0 +1,231 @@
+"""The commands that talk to a running mesh over the management API of any of its pods."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import wraps
+from typing import Any, Final, ParamSpec, TypeVar
+
+import click
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+from mesh.config import format_bytes
+from mesh.errors import MeshError
+from mesh.grpcio_client import GrpcioClient
+from mesh.management import MESH, MODEL_MESH
+from protos import management_pb2 as pb
+
+M = TypeVar("M", bound=Message)
+P = ParamSpec("P")
+
+Status: Final = pb.ModelStatusInfo.ModelStatus
+VStatus: Final = pb.VModelStatusInfo.VModelStatus
+
+
+class Target:
+    """A pod to talk to, and how to show what it says."""
+
+    def __init__(self, address: str, output: str, timeout_s: float) -> None:
+        self.address = address
+        self.as_json = output == "json"
+        self.timeout_s = timeout_s
+
+    def call(self, method: str, request: Message, kind: type[M]) -> M:
+        """One RPC; its failure is one sentence."""
+        return asyncio.run(self._call(method, request, kind))
+
+    async def _call(self, method: str, request: Message, kind: type[M]) -> M:
+        client = GrpcioClient()
+        try:
+            deadline = asyncio.get_running_loop().time() + self.timeout_s
+            response, _ = await client.call(self.address, method, request.SerializeToString(), (), deadline)
+        except MeshError as error:
+            raise click.ClickException(f"{error.code.name}: {error}") from None
+        finally:
+            await client.close()
+        return kind.FromString(response)
+
+    def show(self, message: Message, text: str | Table) -> None:
+        """The answer, for people or as JSON."""
+        if self.as_json:
+            print(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2))
+        else:
+            Console().print(text, highlight=False)
+
+
+def _targeted(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Add --target, --output and --timeout, and hand a `Target` to the command."""
+
+    @click.option("--target", envvar="DENSEMESH_TARGET", default="localhost:8033", show_default=True, help="Any pod.")
+    @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+    @click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=120.0, show_default=True)
+    @wraps(command)
+    def with_target(target: str, output: str, timeout_s: float, **arguments: Any) -> int | None:
+        return command(Target(target, output, timeout_s), **arguments)
+
+    return with_target
+
+
+def _loaded(target: Target, model_id: str, status: pb.ModelStatusInfo) -> int:
+    """Show a model's status; failed loads are a failure of the command."""
+    text = f"{model_id}  {Status.Name(status.status)}"
+    copies = ", ".join(f"{c.location} {Status.Name(c.copyStatus)} since {_time(c.time)}" for c in status.modelCopyInfos)
+    target.show(status, "\n".join(filter(None, (text, copies, *status.errors))))
+    return 1 if status.status in (Status.LOADING_FAILED, Status.NOT_FOUND) else 0
+
+
+@click.command()
+@click.argument("model_id", metavar="ID")
+@click.argument("uri")
+@click.option("--format", "format_name", required=True, help="onnx, torch, sklearn, ...")
+@click.option("--key", default="", help="JSON object of load parameters.")
+@click.option("--load-now", is_flag=True, help="Load it at once.")
+@click.option("--wait", is_flag=True, help="With --load-now: return when it is loaded.")
+@_targeted
+def register(
+    target: Target, model_id: str, uri: str, format_name: str, key: str, load_now: bool, wait: bool
+) -> int | None:
+    """Register the model at URI under ID."""
+    info = pb.ModelInfo(type=format_name, path=uri, key=key)
+    request = pb.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=load_now or wait, sync=wait)
+    return _loaded(target, model_id, target.call(MODEL_MESH + "registerModel", request, pb.ModelStatusInfo))
+
+
+@click.command()
+@click.argument("model_id", metavar="ID")
+@_targeted
+def unregister(target: Target, model_id: str) -> int | None:
+    """Remove the model ID; its copies are unloaded."""
+    request = pb.UnregisterModelRequest(modelId=model_id)
+    target.show(
+        target.call(MODEL_MESH + "unregisterModel", request, pb.UnregisterModelResponse), f"{model_id}  removed"
+    )
+    return 0
+
+
+@click.command("ensure-loaded")
+@click.argument("model_id", metavar="ID")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Return when it is loaded.")
+@_targeted
+def ensure_loaded(target: Target, model_id: str, wait: bool) -> int | None:
+    """Load the model ID somewhere, unless it is."""
+    request = pb.EnsureLoadedRequest(modelId=model_id, sync=wait)
+    return _loaded(target, model_id, target.call(MODEL_MESH + "ensureLoaded", request, pb.ModelStatusInfo))
+
+
+@click.command()
+@click.argument("model_id", metavar="[ID]", required=False)
+@_targeted
+def status(target: Target, model_id: str | None) -> int | None:
+    """Show the model ID, or the mesh: its pods and models."""
+    if model_id is not None:
+        request = pb.GetStatusRequest(modelId=model_id)
+        return _loaded(target, model_id, target.call(MODEL_MESH + "getModelStatus", request, pb.ModelStatusInfo))
+    state = target.call(MESH + "GetState", pb.GetStateRequest(models=True), pb.MeshState)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("POD", "ADDRESS", "MODELS", "LOADING", "FAILED", "USED", "CAPACITY", "STATE"):
+        table.add_column(heading, justify="left" if heading in ("POD", "ADDRESS", "STATE") else "right")
+    for pod in state.pods:
+        table.add_row(
+            *(pod.pod_id, pod.address, str(pod.models_loaded), str(pod.models_loading), str(pod.models_failed)),
+            *(
+                format_bytes(pod.used_bytes),
+                format_bytes(pod.capacity_bytes),
+                "draining" if pod.draining else "serving",
+            ),
+        )
+    target.show(state, table)
+    if not target.as_json:
+        models = Table(box=None, pad_edge=False)
+        for heading in ("MODEL", "FORMAT", "STATUS", "PODS"):
+            models.add_column(heading)
+        for model in state.models:
+            pods = ", ".join(copy.location for copy in model.status.modelCopyInfos)
+            models.add_row(model.model_id, model.info.type, Status.Name(model.status.status), pods)
+        Console().print(models if state.models else "no models are registered", highlight=False)
+    return 0
+
+
+@click.group()
+def vmodel() -> None:
+    """Aliases that move from one model to the next without a gap."""
+
+
+@vmodel.command("set")
+@click.argument("vmodel_id", metavar="ID")
+@click.argument("target_model_id", metavar="MODEL")
+@click.option("--uri", default="", help="Register MODEL from here in the same step (needs --format).")
+@click.option("--format", "format_name", default="", help="Format of the model at --uri.")
+@click.option("--key", default="", help="JSON object of load parameters for the model at --uri.")
+@click.option("--auto-delete", is_flag=True, help="Remove the registered model when no vmodel points to it any more.")
+@click.option("--update-only", is_flag=True, help="Fail if the vmodel does not exist.")
+@click.option("--load-now", is_flag=True, help="Load MODEL even if the active model is not loaded.")
+@click.option("--force", is_flag=True, help="Switch at once, loaded or not.")
+@click.option("--wait", is_flag=True, help="Return when the switch has ended.")
+@click.option("--expected-target", default="", help="Change it only if this is its target now.")
+@click.option("--owner", default="", help="Owner of a new vmodel; must match an existing one's.")
+@_targeted
+def vmodel_set(
+    target: Target, vmodel_id: str, target_model_id: str, uri: str, format_name: str, key: str, **flags: Any
+) -> int | None:
+    """Point the vmodel ID to MODEL."""
+    if bool(uri) != bool(format_name):
+        raise click.UsageError("--uri and --format: expected both or neither")
+    request = pb.SetVModelRequest(
+        vModelId=vmodel_id,
+        targetModelId=target_model_id,
+        autoDeleteTargetModel=flags["auto_delete"],
+        updateOnly=flags["update_only"],
+        loadNow=flags["load_now"],
+        force=flags["force"],
+        sync=flags["wait"],
+        expectedTargetModelId=flags["expected_target"],
+        owner=flags["owner"],
+    )
+    if uri:
+        request.modelInfo.CopyFrom(pb.ModelInfo(type=format_name, path=uri, key=key))
+    return _show_vmodel(target, vmodel_id, target.call(MODEL_MESH + "setVModel", request, pb.VModelStatusInfo))
+
+
+@vmodel.command("get")
+@click.argument("vmodel_id", metavar="ID")
+@_targeted
+def vmodel_get(target: Target, vmodel_id: str) -> int | None:
+    """Show the vmodel ID."""
+    request = pb.GetVModelStatusRequest(vModelId=vmodel_id)
+    return _show_vmodel(target, vmodel_id, target.call(MODEL_MESH + "getVModelStatus", request, pb.VModelStatusInfo))
+
+
+@vmodel.command("delete")
+@click.argument("vmodel_id", metavar="ID")
+@click.option("--owner", default="", help="Delete it only if this is its owner.")
+@_targeted
+def vmodel_delete(target: Target, vmodel_id: str, owner: str) -> int | None:
+    """Remove the vmodel ID, and the models that live for it."""
+    request = pb.DeleteVModelRequest(vModelId=vmodel_id, owner=owner)
+    target.show(target.call(MODEL_MESH + "deleteVModel", request, pb.DeleteVModelResponse), f"{vmodel_id}  removed")
+    return 0
+
+
+def _show_vmodel(target: Target, vmodel_id: str, status: pb.VModelStatusInfo) -> int:
+    lines = [f"{vmodel_id}  {VStatus.Name(status.status)}"]
+    if status.activeModelId:
+        lines.append(f"active {status.activeModelId}  {Status.Name(status.activeModelStatus.status)}")
+    if status.targetModelId != status.activeModelId:
+        lines.append(f"target {status.targetModelId}  {Status.Name(status.targetModelStatus.status)}")
+        lines += status.targetModelStatus.errors
+    target.show(status, "\n".join(lines))
+    return 1 if status.status in (VStatus.NOT_FOUND, VStatus.TRANSITION_FAILED) else 0
+
+
+def _time(unix_ms: int) -> str:
+    return datetime.fromtimestamp(unix_ms / 1e3, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+COMMANDS: Final = (register, unregister, ensure_loaded, status, vmodel)

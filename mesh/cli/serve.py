@@ -1,0 +1,113 @@
+"""`densemesh serve`: one pod, in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+from mesh.config import Config
+from mesh.pod import CannotStart, Pod
+
+_TYPES = get_type_hints(Config)
+
+
+def _read_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Values of the TOML file become defaults, so that flags and environment win over them."""
+    if path is None:
+        return None
+    try:
+        settings = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}") from None
+    for name in settings:
+        if name not in _TYPES:
+            raise click.BadParameter(f"{path}: unknown setting {name!r}; expected any of {', '.join(_TYPES)}")
+    context.default_map = {**(context.default_map or {}), **settings}
+    return path
+
+
+def _settings(command: click.Command) -> click.Command:
+    """One option per field of `Config`."""
+    for f in fields(Config):
+        command.params.append(
+            click.Option(
+                [f"--{f.name.replace('_', '-')}", f.name],
+                type=_TYPES[f.name],
+                default=f.default,
+                envvar=f"DENSEMESH_{f.name.upper()}",
+                help=f.metadata["help"],
+                show_default=f.default != "",
+                show_envvar=True,
+            )
+        )
+    return command
+
+
+@_settings
+@click.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="DENSEMESH_CONFIG",
+    is_eager=True,
+    callback=_read_file,
+    help="TOML file with any of these settings.",
+)
+@click.pass_context
+def serve(context: click.Context, /, config_file: Path | None, **settings: Any) -> int:
+    """Serve models over V2 gRPC until interrupted.
+
+    Without --registry the pod is alone; with etcd://... it joins the pods that share that prefix.
+    """
+    config = Config(**settings)
+    wrong = config.validate()
+    if wrong is not None:
+        raise click.UsageError(wrong)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for name, value in settings.items():
+        source = context.get_parameter_source(name) or ParameterSource.DEFAULT
+        print(f"{name} = {_toml(value)}  # {_SOURCES[source]}", file=sys.stderr)
+    try:
+        asyncio.run(_run(Pod(config)))
+    except CannotStart as error:
+        raise click.ClickException(str(error)) from None
+    return 0
+
+
+async def _run(pod: Pod) -> None:
+    """Until SIGINT or SIGTERM; a second one ends at once."""
+    loop = asyncio.get_running_loop()
+
+    def interrupted() -> None:
+        pod.stop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted)
+    await pod.run()
+
+
+_SOURCES = {
+    ParameterSource.COMMANDLINE: "flag",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.DEFAULT_MAP: "file",
+    ParameterSource.DEFAULT: "default",
+    ParameterSource.PROMPT: "prompt",
+}
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

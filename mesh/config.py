@@ -1,0 +1,143 @@
+"""One pod's configuration: one frozen object, built once from flags, environment and file, and checked in sentences.
+
+Each field is a flag of `densemesh serve`, a variable `DENSEMESH_<NAME>` and a key of the TOML file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from loaders import LOADERS
+from placement.policies import POLICIES
+
+_UNITS: Final = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
+
+MAX_BYTES: Final = 1 << 50
+
+_CODE: Final = sorted({extension.lstrip(".") for entry in LOADERS.values() for extension in entry.runs_code})
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `1073741824`, `2GiB`, `1.5 GB`.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise ValueError(f"expected a size such as 512MiB or 2GiB, found {text!r}")
+    size_bytes = int(float(match[1]) * _UNITS[unit])
+    if not 0 < size_bytes <= MAX_BYTES:
+        raise ValueError(f"expected a size of at least 1 byte and at most 1024 TiB, found {text!r}")
+    return size_bytes
+
+
+def format_bytes(size_bytes: int) -> str:
+    """`1.5 GiB`, for people."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _setting(default: Any, explanation: str) -> Any:
+    return field(default=default, metadata={"help": explanation})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A pod's settings. Sizes are text with a unit, so that they print as they were given."""
+
+    models: str = _setting("", "Model repository whose models are registered at start.")
+    registry: str = _setting("memory://", "Where pods meet: memory:// or etcd://host:port[,host:port]/prefix.")
+    pod_id: str = _setting("", "This pod's name in the mesh; by default the host's name and the gRPC port.")
+    host: str = _setting("0.0.0.0", "Address to listen on.")
+    grpc_port: int = _setting(8033, "Port for V2 and management gRPC; 0 takes a free one.")
+    metrics_port: int = _setting(2112, "Port for Prometheus; 0 takes a free one.")
+    advertise: str = _setting("", "host:port at which other pods reach this one; found out by default.")
+    capacity: str = _setting("2GiB", "Memory that loaded models may hold.")
+    policy: str = _setting("lru", f"Eviction policy: {', '.join(POLICIES)}.")
+    load_slots: int = _setting(2, "Models that load at once.")
+    run_threads: int = _setting(os.cpu_count() or 1, "Threads that run models.")
+    allow_code: str = _setting("", f"Files that may run their author's code: any of {','.join(_CODE)}.")
+    max_message: str = _setting("64MiB", "Largest request accepted.")
+    request_timeout_s: float = _setting(120.0, "Deadline of requests that come without one.")
+    drain_timeout_s: float = _setting(20.0, "How long running requests may go on at shutdown.")
+    lease_ttl_s: float = _setting(15.0, "How long the mesh waits before it gives a silent pod up.")
+    log_level: str = _setting("INFO", "DEBUG, INFO, WARNING or ERROR.")
+
+    @property
+    def capacity_bytes(self) -> int:
+        return parse_bytes(self.capacity)
+
+    @property
+    def max_message_bytes(self) -> int:
+        return parse_bytes(self.max_message)
+
+    @property
+    def allowed_code(self) -> frozenset[str]:
+        return frozenset(filter(None, (name.strip() for name in self.allow_code.split(","))))
+
+    def validate(self) -> str | None:
+        """The first sentence that is wrong with this configuration; None: it is fine."""
+        for name, size in (("capacity", self.capacity), ("max-message", self.max_message)):
+            try:
+                parse_bytes(size)
+            except ValueError as error:
+                return f"--{name}: {error}"
+        if self.max_message_bytes > (1 << 31) - 1:
+            return f"--max-message: expected less than 2GiB, which is protobuf's own limit, found {self.max_message}"
+        for name, port in (("grpc-port", self.grpc_port), ("metrics-port", self.metrics_port)):
+            if not 0 <= port < 1 << 16:
+                return f"--{name}: expected a port from 0 to 65535, found {port}"
+        for name, number, least, most in (
+            ("load-slots", self.load_slots, 1, 64),
+            ("run-threads", self.run_threads, 1, 1024),
+            ("request-timeout-s", self.request_timeout_s, 0.001, 86_400),
+            ("drain-timeout-s", self.drain_timeout_s, 0, 86_400),
+            ("lease-ttl-s", self.lease_ttl_s, 2, 600),
+        ):
+            if not least <= number <= most:
+                return f"--{name}: expected a number from {least} to {most}, found {number}"
+        if self.policy not in POLICIES:
+            return f"--policy: expected one of {', '.join(POLICIES)}, found {self.policy!r}"
+        if unknown := self.allowed_code - set(_CODE):
+            return f"--allow-code: expected any of {', '.join(_CODE)}, found {sorted(unknown)[0]!r}"
+        if self.pod_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", self.pod_id):
+            return f"--pod-id: expected up to 63 letters, digits, dots, dashes, underscores, found {self.pod_id!r}"
+        if self.advertise and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", self.advertise):
+            return f"--advertise: expected host:port, found {self.advertise!r}"
+        if self.models and not Path(self.models).is_dir():
+            return f"--models: {self.models!r} is not a directory"
+        if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            return f"--log-level: expected DEBUG, INFO, WARNING or ERROR, found {self.log_level!r}"
+        return None
+
+
+def reachable_host(host: str, registry: str) -> str:
+    """The address other pods can reach us at, when we listen on `host`: the interface that leads to the registry."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    match = re.match(r"etcds?://(?:[^@/]*@)?(?:\[(?P<v6>[^\]]+)\]|(?P<name>[^:/,?]+))", registry)
+    if match is None:
+        return "127.0.0.1"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(match["v6"] or match["name"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # a datagram socket sends nothing; it only chooses its own address
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.gethostname()

@@ -1,0 +1,305 @@
+"""The management service, wire-compatible with KServe ModelMesh's `mmesh.ModelMesh`, and `densemesh.Mesh` beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from typing import Final
+
+from loaders import LOADERS
+from mesh.directory import Directory, check_id
+from mesh.driver import format_of, now_ms
+from mesh.errors import (
+    FailedPrecondition,
+    InvalidRequest,
+    LoadFailed,
+    LoadUnavailable,
+    ModelNotFound,
+    NoRoom,
+    RegistryUnavailable,
+)
+from mesh.inference import parse
+from mesh.mirror import Mirror
+from mesh.registry.base import Commit, Registry, RegistryError
+from mesh.repository import from_key
+from mesh.residency import ENSURE_LOADED, Residency, overall
+from mesh.router import Router
+from mesh.rpc import Call, Handlers, Unary
+from mesh.vmodels import VModels, check_alike
+from placement.engine import Engine
+from placement.messages import Hop
+from placement.records import CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
+from protos import management_pb2 as pb
+
+MODEL_MESH: Final = "/mmesh.ModelMesh/"
+MESH: Final = "/densemesh.Mesh/"
+
+MAX_PATH_BYTES: Final = 4096
+
+_HOUR_MS: Final = 3_600_000
+_AGE_LOADED_MS: Final = _HOUR_MS
+"""A registration counts as used an hour ago, so that registering many models pushes out none that is in use
+(ModelMesh: LASTUSED_AGE_ON_ADD_MS) ..."""
+_AGE_REGISTERED_MS: Final = 6 * _HOUR_MS
+"""... and longer ago when it is not even loaded."""
+
+_TRIES: Final = 10
+"""Compare-and-set attempts before somebody else's traffic on one record is an error."""
+
+_COPY_STATUS: Final = {
+    CopyStatus.LOADING: pb.ModelStatusInfo.LOADING,
+    CopyStatus.LOADED: pb.ModelStatusInfo.LOADED,
+    CopyStatus.FAILED: pb.ModelStatusInfo.LOADING_FAILED,
+    None: pb.ModelStatusInfo.NOT_LOADED,
+}
+
+
+class Management:
+    """Handlers of the management services."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        mirror: Mirror,
+        directory: Directory,
+        router: Router,
+        residency: Residency,
+        vmodels: VModels,
+    ) -> None:
+        self._engine = engine
+        self._view = engine.view
+        self._registry = registry
+        self._mirror = mirror
+        self._directory = directory
+        self._router = router
+        self._residency = residency
+        self._vmodels = vmodels
+
+    def handlers(self) -> Handlers:
+        unary: dict[str, Unary] = {
+            MODEL_MESH + "registerModel": self._register,
+            MODEL_MESH + "unregisterModel": self._unregister,
+            MODEL_MESH + "getModelStatus": self._get_status,
+            ENSURE_LOADED: self._ensure_loaded,
+            MODEL_MESH + "setVModel": self._set_vmodel,
+            MODEL_MESH + "deleteVModel": self._delete_vmodel,
+            MODEL_MESH + "getVModelStatus": self._get_vmodel_status,
+            MESH + "GetState": self._get_state,
+        }
+        return Handlers({path: _guarded(handler) for path, handler in unary.items()}, {})
+
+    # Models
+
+    async def _register(self, call: Call, message: bytes) -> bytes:
+        request = parse(pb.RegisterModelRequest, message)
+        record = model_record(
+            check_id("modelId", request.modelId),
+            request.modelInfo,
+            used_ms(request.lastUsedTime, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
+        )
+        await self.register(record)
+        if not request.loadNow:
+            return self._status(record.model_id).SerializeToString()
+        return await self._load(call, record.model_id, record.last_used_ms, request.sync)
+
+    async def register(self, record: ModelRecord) -> None:
+        """Register a model, or find it registered alike; this pod then knows it.
+
+        Raises:
+            AlreadyExists: registered with other attributes.
+            RegistryError
+        """
+        key = model_key(record.model_id)
+        for _ in range(_TRIES):
+            revision = await self._registry.commit(Commit(expect={key: 0}, put={key: encode(record)}))
+            if revision is not None:
+                await self._mirror.caught_up(revision)
+                return
+            known = await self._mirror.fetch(key)
+            if isinstance(known, ModelRecord):
+                check_alike(known, record)
+                return
+        raise FailedPrecondition(f"model {record.model_id!r} is being registered and removed at once; try again")
+
+    async def _unregister(self, call: Call, message: bytes) -> bytes:
+        model_id = check_id("modelId", parse(pb.UnregisterModelRequest, message).modelId)
+        key = model_key(model_id)
+        for _ in range(_TRIES):
+            entry = await self._registry.get(key)
+            if entry is None:
+                break
+            model = decode(entry.key, entry.value)
+            assert isinstance(model, ModelRecord)
+            if model.refs:
+                raise FailedPrecondition(f"model {model_id!r} has referents: {model.refs} vmodels point to it")
+            revision = await self._registry.commit(Commit(expect={key: entry.revision}, delete=(key,)))
+            if revision is not None:
+                await self._mirror.caught_up(revision)
+                break
+        else:
+            raise FailedPrecondition(f"model {model_id!r} is being changed by others; try again")
+        return pb.UnregisterModelResponse().SerializeToString()
+
+    async def _get_status(self, call: Call, message: bytes) -> bytes:
+        model_id = check_id("modelId", parse(pb.GetStatusRequest, message).modelId)
+        try:
+            await self._directory.model(model_id)
+        except ModelNotFound:
+            return pb.ModelStatusInfo(status=pb.ModelStatusInfo.NOT_FOUND).SerializeToString()
+        return self._status(model_id).SerializeToString()
+
+    async def _ensure_loaded(self, call: Call, message: bytes) -> bytes:
+        request = parse(pb.EnsureLoadedRequest, message)
+        check_id("modelId", request.modelId)
+        touched_ms = used_ms(request.lastUsedTime, 0)
+        model_id, hop = await self._router.model_of(call, message, pb.EnsureLoadedRequest.MODELID_FIELD_NUMBER)
+        if hop is not Hop.CLIENT:
+            return await self._residency.ensure_for(call, message, model_id, hop, touched_ms)
+        return await self._load(call, await self._directory.model(request.modelId), touched_ms, request.sync)
+
+    async def _load(self, call: Call, model_id: str, touched_ms: int, sync: bool) -> bytes:
+        """Load and answer with the status; a failed load is a status, not an error (ModelMesh)."""
+        if not sync:
+            self._residency.ensure_in_background(model_id, touched_ms)
+            return self._status(model_id).SerializeToString()
+        try:
+            pod_id = await self._residency.ensure_loaded(model_id, call.deadline, touched_ms)
+        except (LoadFailed, LoadUnavailable, NoRoom) as error:
+            failed = pb.ModelStatusInfo(status=pb.ModelStatusInfo.LOADING_FAILED, errors=[str(error)])
+            return failed.SerializeToString()
+        status = self._status(model_id)
+        if status.status != pb.ModelStatusInfo.LOADED:  # the holder's word is ahead of the registry's watch
+            status.status = pb.ModelStatusInfo.LOADED
+            status.ClearField("modelCopyInfos")
+            status.modelCopyInfos.add(location=pod_id, copyStatus=pb.ModelStatusInfo.LOADED, time=now_ms())
+        return status.SerializeToString()
+
+    def _status(self, model_id: str) -> pb.ModelStatusInfo:
+        return status_info(self._engine.copies_of(model_id).values())
+
+    # VModels
+
+    async def _set_vmodel(self, call: Call, message: bytes) -> bytes:
+        request = parse(pb.SetVModelRequest, message)
+        check_id("vModelId", request.vModelId)
+        check_id("targetModelId", request.targetModelId)
+        model = None
+        if request.HasField("modelInfo"):
+            model = model_record(
+                request.targetModelId,
+                request.modelInfo,
+                used_ms(0, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
+                auto_delete=request.autoDeleteTargetModel,
+            )
+        await self._vmodels.set(request, model)
+        if request.sync:
+            await self._vmodels.settled(request, call.deadline)
+        elif request.loadNow:
+            self._residency.ensure_in_background(request.targetModelId, used_ms(0, _AGE_LOADED_MS))
+        return self._vmodel_status(request.vModelId, request.owner).SerializeToString()
+
+    async def _delete_vmodel(self, call: Call, message: bytes) -> bytes:
+        request = parse(pb.DeleteVModelRequest, message)
+        await self._vmodels.delete(check_id("vModelId", request.vModelId), request.owner)
+        return pb.DeleteVModelResponse().SerializeToString()
+
+    async def _get_vmodel_status(self, call: Call, message: bytes) -> bytes:
+        request = parse(pb.GetVModelStatusRequest, message)
+        try:
+            await self._directory.vmodel(check_id("vModelId", request.vModelId))
+        except ModelNotFound:
+            return pb.VModelStatusInfo(status=pb.VModelStatusInfo.NOT_FOUND).SerializeToString()
+        return self._vmodel_status(request.vModelId, request.owner).SerializeToString()
+
+    def _vmodel_status(self, vmodel_id: str, owner: str) -> pb.VModelStatusInfo:
+        vmodel = self._view.vmodels.get(vmodel_id)
+        if vmodel is None or (owner and vmodel.owner != owner):
+            return pb.VModelStatusInfo(status=pb.VModelStatusInfo.NOT_FOUND)
+        info = pb.VModelStatusInfo(
+            status=pb.VModelStatusInfo.DEFINED,
+            activeModelId=vmodel.active,
+            targetModelId=vmodel.target,
+            activeModelStatus=self._status(vmodel.active),
+            owner=vmodel.owner,
+        )
+        if vmodel.active != vmodel.target:
+            failed = bool(vmodel.failed)
+            info.status = pb.VModelStatusInfo.TRANSITION_FAILED if failed else pb.VModelStatusInfo.TRANSITIONING
+            info.targetModelStatus.CopyFrom(self._status(vmodel.target))
+            if failed and not info.targetModelStatus.errors:
+                info.targetModelStatus.errors.append(vmodel.failed)
+        return info
+
+    # Mesh
+
+    async def _get_state(self, call: Call, message: bytes) -> bytes:
+        request = parse(pb.GetStateRequest, message)
+        engine, stats = self._engine, self._engine.stats
+        state = pb.MeshState(
+            pod_id=engine.pod_id,
+            models_registered=len(self._view.models),
+            fates=pb.RequestFates(**{f.name: getattr(stats, f.name) for f in pb.RequestFates.DESCRIPTOR.fields}),
+        )
+        for pod in sorted({**self._view.pods, engine.pod_id: engine.pod_record()}.values(), key=lambda p: p.pod_id):
+            state.pods.add(
+                pod_id=pod.pod_id,
+                address=pod.address,
+                version=pod.version,
+                capacity_bytes=pod.capacity_bytes,
+                used_bytes=pod.used_bytes,
+                models_loaded=pod.loaded,
+                models_loading=pod.loading,
+                models_failed=pod.failed,
+                draining=pod.draining,
+                oldest_used_ms=pod.oldest_used_ms,
+            )
+        if request.models:
+            for model in sorted(self._view.models.values(), key=lambda model: model.model_id):
+                info = pb.ModelInfo(type=model.format, path=model.path, key=model.key)
+                state.models.add(model_id=model.model_id, info=info, status=self._status(model.model_id))
+        return state.SerializeToString()
+
+
+def model_record(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_delete: bool = False) -> ModelRecord:
+    """The record a registration asks for.
+
+    Raises:
+        InvalidRequest: names the field and what was expected.
+    """
+    record = ModelRecord(model_id, info.type, info.path, info.key, last_used_ms, auto_delete=auto_delete)
+    if format_of(record) not in LOADERS:
+        raise InvalidRequest(f"modelInfo.type {info.type!r}: expected one of {', '.join(sorted(LOADERS))}")
+    if len(info.path.encode()) > MAX_PATH_BYTES:
+        raise InvalidRequest(f"modelInfo.path: expected at most {MAX_PATH_BYTES} bytes")
+    try:
+        from_key(info.key)
+    except ValueError as error:
+        raise InvalidRequest(f"modelInfo.{error}") from None
+    return record
+
+
+def used_ms(asked_ms: int, default_age_ms: int) -> int:
+    """The time of last use a call asks for; never in the future."""
+    now = now_ms()
+    return min(asked_ms, now) if asked_ms else now - default_age_ms
+
+
+def status_info(copies: Collection[CopyRecord]) -> pb.ModelStatusInfo:
+    """A registered model's status from its copies, newest first."""
+    status, errors = overall(copies)
+    info = pb.ModelStatusInfo(status=_COPY_STATUS[status], errors=errors)
+    for copy in sorted(copies, key=lambda copy: -copy.since_ms):
+        info.modelCopyInfos.add(location=copy.pod_id, copyStatus=_COPY_STATUS[copy.status], time=copy.since_ms)
+    return info
+
+
+def _guarded(handler: Unary) -> Callable[[Call, bytes], Awaitable[bytes]]:
+    """A registry that does not answer is the client's to hear."""
+
+    async def guarded(call: Call, message: bytes) -> bytes:
+        try:
+            return await handler(call, message)
+        except RegistryError as error:
+            raise RegistryUnavailable(f"the registry does not answer: {error}") from None
+
+    return guarded

@@ -1,0 +1,220 @@
+"""One pod: its parts put together, and its life: start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from random import Random
+from typing import Final, TypeVar
+
+from mesh import metrics, reflection
+from mesh.config import Config, reachable_host
+from mesh.directory import Directory
+from mesh.driver import Driver, now_ms
+from mesh.errors import MeshError
+from mesh.grpcio_client import GrpcioClient
+from mesh.grpcio_server import GrpcioServer
+from mesh.health import Health
+from mesh.inference import Inference
+from mesh.management import Management
+from mesh.mirror import Mirror
+from mesh.publisher import Publisher
+from mesh.registry import open_registry
+from mesh.registry.base import Registry, RegistryError
+from mesh.repository import scan, to_key
+from mesh.residency import Residency
+from mesh.router import Router
+from mesh.rpc import Call, Handlers
+from mesh.vmodels import VModels
+from placement.copies import Limits
+from placement.engine import Engine
+from placement.messages import DrainStarted
+from placement.policies import POLICIES
+from placement.records import ModelRecord
+from placement.view import ClusterView
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_REGISTRY_WAIT_S: Final = 30.0
+"""How long a starting pod waits for the registry."""
+
+
+REFLECTION: Final = tuple(
+    f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo" for version in ("v1", "v1alpha")
+)
+
+
+class CannotStart(Exception):
+    """One sentence for the operator."""
+
+
+class _Stopped(Exception):
+    """Ends the task group when all is done."""
+
+
+class Pod:
+    """A pod from its configuration; `run` is its whole life."""
+
+    def __init__(self, config: Config, registry: Registry | None = None) -> None:
+        """`registry`: handed in, and closed, by whoever runs several pods in one process."""
+        self.config = config
+        self._registry = registry
+        self._stopping = asyncio.Event()
+        self.serving = asyncio.Event()
+        """Set while requests are taken."""
+        self.server = GrpcioServer(
+            max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s
+        )
+        self.engine: Engine
+        self.address = ""
+        self.metrics_port = 0
+
+    def stop(self) -> None:
+        """Drain and end."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Start, serve until `stop`, drain, end.
+
+        Raises:
+            CannotStart: a port is taken, the registry is not there, the repository cannot be read.
+            ExceptionGroup: a bug, after which the process should end.
+        """
+        registry = self._registry or _open(self.config.registry)
+        client = GrpcioClient()
+        refused: CannotStart | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await self._live(registry, client, tasks)
+                raise _Stopped  # cancels whatever is still under way in the background
+        except* _Stopped:
+            log.info("pod %s has stopped", self.engine.pod_id)
+        except* CannotStart as errors:
+            refused = next(error for error in errors.exceptions if isinstance(error, CannotStart))
+        finally:
+            await self.server.stop(0)
+            await client.close()
+            if self._registry is None:
+                await registry.close()
+        if refused is not None:
+            raise refused
+
+    async def _live(self, registry: Registry, client: GrpcioClient, tasks: asyncio.TaskGroup) -> None:
+        config = self.config
+        port = _bind(
+            "gRPC", config.host, config.grpc_port, lambda: self.server.listen(_join(config.host, config.grpc_port))
+        )
+        self.address = config.advertise or _join(reachable_host(config.host, config.registry), port)
+        pod_id = config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
+        limits = Limits(config.capacity_bytes, load_slots=config.load_slots)
+        engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy](), Random(pod_id))
+        self.engine = engine
+        publisher = Publisher(registry, config.lease_ttl_s)
+        driver = Driver(engine, publisher, tasks, allowed_code=config.allowed_code, run_threads=config.run_threads)
+
+        def forget(address: str) -> None:
+            tasks.create_task(client.forget(address))
+
+        mirror = Mirror(
+            registry,
+            engine.view,
+            on_models_changed=driver.models_changed,
+            on_pod_gone=forget,
+        )
+        directory = Directory(engine.view, mirror, asyncio.get_running_loop().time)
+        router = Router(driver, client, directory)
+        residency = Residency(driver, router, client, tasks)
+        vmodels = VModels(engine, registry, mirror, residency)
+        driver.lead_with(residency.ensure_quietly, vmodels.settle)
+        management = Management(engine, registry, mirror, directory, router, residency, vmodels)
+        observed = metrics.Metrics(engine)
+        handlers = observed.timed(
+            Inference(driver, router, directory, residency, self.serving.is_set).handlers()
+            | management.handlers()
+            | Health(reflection.SERVICES, self.serving.is_set).handlers()
+            | Handlers(streams=dict.fromkeys(REFLECTION, _reflect))
+        )
+        self.metrics_port, close_metrics = _bind(
+            "metrics",
+            config.host,
+            config.metrics_port,
+            lambda: metrics.serve(observed, config.host, config.metrics_port),
+        )
+        try:
+            await _until_registry(mirror.load)
+            background = [tasks.create_task(work) for work in (mirror.run(), publisher.run(), driver.tick())]
+            await self._register_models(management)
+            await publisher.flushed()
+            await self.server.start(handlers)
+            self.serving.set()
+            log.info("pod %s serves gRPC on %s", pod_id, self.address)
+            await self._stopping.wait()
+            log.info("pod %s drains", pod_id)
+            self.serving.clear()
+            driver.step(DrainStarted())
+            for task in background:
+                task.cancel()  # the lease goes first: nobody is sent here any more
+            await asyncio.gather(*background, return_exceptions=True)
+            await self.server.stop(config.drain_timeout_s)
+        finally:
+            await asyncio.to_thread(close_metrics)
+            await asyncio.to_thread(driver.close)
+
+    async def _register_models(self, management: Management) -> None:
+        """Register what lies in the model repository; what cannot be served is reported and left out."""
+        if not self.config.models:
+            return
+        try:
+            models, problems = scan(Path(self.config.models))
+        except ValueError as error:
+            raise CannotStart(str(error)) from None
+        for name, reason in problems:
+            log.warning("model %s is left out: %s", name, reason)
+        for model in models:
+            try:
+                await management.register(
+                    ModelRecord(model.model_id, model.format, str(model.path), to_key(model), now_ms())
+                )
+            except (MeshError, RegistryError) as error:
+                log.warning("model %s is not registered: %s", model.model_id, error)
+        log.info("%d models registered from %s", len(models), self.config.models)
+
+
+def _reflect(call: Call, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    return reflection.reflect(messages)
+
+
+def _open(url: str) -> Registry:
+    try:
+        return open_registry(url)
+    except (ValueError, OSError) as error:
+        raise CannotStart(f"--registry: {error}") from None
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind(what: str, host: str, port: int, bind: Callable[[], T]) -> T:
+    try:
+        return bind()
+    except OSError as error:
+        raise CannotStart(f"the {what} port {_join(host, port)} cannot be opened: {error.strerror or error}") from None
+
+
+async def _until_registry(load: Callable[[], Awaitable[None]]) -> None:
+    """Load the view, giving the registry some time to come up."""
+    deadline = asyncio.get_running_loop().time() + _REGISTRY_WAIT_S
+    while True:
+        try:
+            return await load()
+        except RegistryError as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise CannotStart(f"the registry does not answer: {error}") from None
+            log.warning("waiting for the registry: %s", error)
+            await asyncio.sleep(1)

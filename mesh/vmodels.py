@@ -1,0 +1,200 @@
+"""VModels: aliases that move from one model to the next without a gap.
+
+Every change is one compare-and-set over the alias and the reference counts of the models it touches, so that a model
+is never removed under an alias and none is left behind. `placement.leader` decides when a transition ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import Final
+
+from mesh.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    LoadFailed,
+    ModelNotFound,
+)
+from mesh.mirror import Mirror
+from mesh.registry.base import Commit, Entry, Registry, RegistryError
+from mesh.residency import Residency
+from placement.engine import Engine
+from placement.messages import SettleVModel
+from placement.records import (
+    CopyStatus,
+    ModelId,
+    ModelRecord,
+    VModelRecord,
+    decode,
+    encode,
+    model_key,
+    vmodel_key,
+)
+from protos import management_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_TRIES: Final = 10
+
+_TRANSITION_S: Final = 240.0
+"""How long a `sync` call waits for a transition (ModelMesh: 4 minutes)."""
+
+
+class VModels:
+    """Changes vmodels in the registry."""
+
+    def __init__(self, engine: Engine, registry: Registry, mirror: Mirror, residency: Residency) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._mirror = mirror
+        self._residency = residency
+
+    async def set(self, request: pb.SetVModelRequest, model: ModelRecord | None) -> None:
+        """Create a vmodel or give it a new target; `model` is registered in the same commit if it is not yet.
+
+        Raises:
+            ModelNotFound, AlreadyExists, FailedPrecondition: see management.proto.
+            RegistryError
+        """
+        for _ in range(_TRIES):
+            old = await self._vmodel(request.vModelId)
+            known = await self._model(request.targetModelId)
+            if not _allowed(old, request):
+                return
+            if known is None and model is None:
+                raise ModelNotFound(f"targetModelId {request.targetModelId!r} is not registered")
+            if known is not None and model is not None:
+                check_alike(known, model)
+            active = request.targetModelId if self._at_once(old, request) or old is None else old.active
+            new = VModelRecord(
+                request.vModelId, active, request.targetModelId, owner=old.owner if old else request.owner
+            )
+            if await self._commit(old, new, create=model if known is None else None):
+                return
+        raise FailedPrecondition(f"vmodel {request.vModelId!r} is being changed by others; try again")
+
+    async def settled(self, request: pb.SetVModelRequest, deadline: float) -> None:
+        """Return when the transition has ended, well or not; with loadNow the target is then loaded.
+
+        Raises:
+            MeshError: the load failed.
+        """
+        view = self._engine.view
+        if request.loadNow:
+            await self._residency.ensure_loaded(request.targetModelId, deadline)
+
+        def ended() -> bool:
+            vmodel = view.vmodels.get(request.vModelId)
+            return vmodel is None or vmodel.active == vmodel.target or bool(vmodel.failed)
+
+        async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + _TRANSITION_S)):
+            await self._mirror.until(ended)
+        vmodel = view.vmodels.get(request.vModelId)
+        if vmodel is not None and vmodel.failed:
+            raise LoadFailed(f"vmodel {request.vModelId!r} stays with {vmodel.active!r}: {vmodel.failed}")
+
+    async def delete(self, vmodel_id: str, owner: str) -> None:
+        """Remove a vmodel and the models that lived for it; another owner's is left alone, silently (ModelMesh).
+
+        Raises:
+            FailedPrecondition, RegistryError
+        """
+        for _ in range(_TRIES):
+            old = await self._vmodel(vmodel_id)
+            if old is None or (owner and old.owner != owner) or await self._commit(old, None):
+                return
+        raise FailedPrecondition(f"vmodel {vmodel_id!r} is being changed by others; try again")
+
+    async def settle(self, action: SettleVModel) -> None:
+        """Carry out the leader's decision if the vmodel still is what it was decided on."""
+        try:
+            if await self._commit(action.old, action.new):
+                log.info("vmodel %s: active %s, failed %r", action.new.vmodel_id, action.new.active, action.new.failed)
+        except RegistryError as error:
+            log.warning("vmodel %s: %s", action.new.vmodel_id, error)
+
+    def _at_once(self, old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
+        """Whether the target becomes active now (ModelMesh): forced, nothing to lose, or just as ready."""
+        if old is None or request.force:
+            return True
+        active = self._loaded(old.active)
+        return (active == 0 and not request.loadNow) or (active <= 1 and self._loaded(request.targetModelId) > 0)
+
+    def _loaded(self, model_id: ModelId) -> int:
+        return sum(copy.status is CopyStatus.LOADED for copy in self._engine.copies_of(model_id).values())
+
+    async def _commit(
+        self, old: VModelRecord | None, new: VModelRecord | None, create: ModelRecord | None = None
+    ) -> bool:
+        """Replace `old` by `new` and carry the reference counts over; False: something changed meanwhile."""
+        before = {old.active, old.target} if old else set()
+        after = {new.active, new.target} if new else set()
+        key = vmodel_key((new or old).vmodel_id)  # type: ignore[union-attr]  # one of them is there
+        expect = {key: old.revision if old else 0}
+        put = {key: encode(new)} if new else {}
+        delete = [] if new else [key]
+        for model_id in before ^ after:
+            model = await self._model(model_id)
+            if model is None and create is not None and create.model_id == model_id:
+                model = create
+            if model is None:
+                continue  # the target was never registered, or went before its alias: nothing to count
+            refs = model.refs + (1 if model_id in after else -1)
+            expect[model_key(model_id)] = model.revision
+            if refs <= 0 and model.auto_delete:
+                delete.append(model_key(model_id))
+            else:
+                put[model_key(model_id)] = encode(replace(model, refs=max(0, refs)))
+        revision = await self._registry.commit(Commit(expect, put, delete))
+        if revision is None:
+            return False
+        await self._mirror.caught_up(revision)
+        return True
+
+    async def _vmodel(self, vmodel_id: str) -> VModelRecord | None:
+        record = _decoded(await self._registry.get(vmodel_key(vmodel_id)))
+        return record if isinstance(record, VModelRecord) else None
+
+    async def _model(self, model_id: ModelId) -> ModelRecord | None:
+        record = _decoded(await self._registry.get(model_key(model_id)))
+        return record if isinstance(record, ModelRecord) else None
+
+
+def _decoded(entry: Entry | None) -> object:
+    return None if entry is None else decode(entry.key, entry.value, revision=entry.revision, created=entry.created)
+
+
+def _allowed(old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
+    """Whether the change may and need be made.
+
+    Raises:
+        ModelNotFound, AlreadyExists, FailedPrecondition
+    """
+    name, expected, target = request.vModelId, request.expectedTargetModelId, request.targetModelId
+    if old is None:
+        if request.updateOnly:
+            raise ModelNotFound(f"vmodel {name!r} is not registered")
+        if expected and expected != target:
+            raise FailedPrecondition(f"vmodel {name!r}: expected target {expected!r}, but it does not exist")
+        return True
+    if request.owner and old.owner != request.owner:
+        raise AlreadyExists(f"vmodel {name!r} exists and belongs to another owner")
+    if expected and expected != old.target:
+        raise FailedPrecondition(f"vmodel {name!r}: expected target {expected!r}, found {old.target!r}")
+    if old.target != target:
+        return True
+    return old.active != target and (request.force or bool(old.failed))
+
+
+def check_alike(known: ModelRecord, asked: ModelRecord) -> None:
+    """A registration may be repeated, not changed.
+
+    Raises:
+        AlreadyExists
+    """
+    if (known.format, known.path, known.key) != (asked.format, asked.path, asked.key):
+        raise AlreadyExists(
+            f"model {asked.model_id!r} is registered with other attributes: type {known.format!r}, path {known.path!r}"
+        )
