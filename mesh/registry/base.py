@@ -1,12 +1,13 @@
 """The registry's port: an ordered key-value store with compare-and-set, leases and a resumable watch.
 
-Keys are text below one prefix that belongs to the mesh; values are small JSON documents. Every change has a revision,
-one number for the whole store that only grows. etcd's v3 API is the model; `memory` is its twin in one process.
+Keys are text below one prefix that belongs to the mesh, not empty and not starting with U+0000 (an adapter's own);
+values are small JSON documents. Every change has a revision, one number for the whole store that only grows. etcd's v3
+API is the model; `memory` is its twin in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,12 +57,18 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One atomic change: all expectations hold and everything is written, or nothing is."""
+    """One atomic change: all expectations hold and everything is written, or nothing is.
+
+    At most 120 expectations and 120 writes (etcd's --max-txn-ops is 128) of 1 MiB together; no key is written twice.
+    """
 
     expect: Mapping[str, int] = field(default_factory=dict)
     """Key to the revision it must have now; 0: it must not exist."""
     put: Mapping[str, bytes] = field(default_factory=dict)
     delete: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        assert self.put.keys().isdisjoint(self.delete), "a commit either puts a key or deletes it"
 
 
 class Session(Protocol):
@@ -76,7 +83,7 @@ class Session(Protocol):
         ...
 
     async def delete(self, key: str) -> None:
-        """Remove a key this session has put. Safe to repeat.
+        """Remove a key this session has put, unless another session has taken it over. Safe to repeat.
 
         Raises:
             RegistryError
@@ -84,7 +91,7 @@ class Session(Protocol):
         ...
 
     async def lost(self) -> None:
-        """Return when the lease is lost; its keys are then gone, or will be within its TTL."""
+        """Return when the lease has ended, by loss or by `close`; its keys are gone, or will be within its TTL."""
         ...
 
     async def close(self) -> None:
@@ -103,13 +110,15 @@ class Registry(Protocol):
         """
         ...
 
-    def watch(self, after: int) -> AsyncIterator[Sequence[Change]]:
+    def watch(self, after: int) -> AsyncGenerator[Sequence[Change], None]:
         """Every change with a revision greater than `after`, in order, at least once, for ever.
 
-        Survives restarts and leader changes of the store by resuming after the last change it gave.
+        Survives restarts and leader changes of the store by resuming after the last change it gave. A batch never
+        ends in the middle of a revision. Who leaves it early closes it (contextlib.aclosing).
 
         Raises:
             Compacted: the history after `after` is gone.
+            RegistryError: the store refuses for good (permission).
         """
         ...
 
@@ -122,10 +131,12 @@ class Registry(Protocol):
         ...
 
     async def commit(self, change: Commit) -> int | None:
-        """Apply atomically; the new revision, or None when an expectation does not hold.
+        """Apply atomically, once; the new revision, or None when an expectation does not hold.
+
+        A connection that breaks meanwhile changes nothing about this: the answer is found out afterwards.
 
         Raises:
-            RegistryError: it is then unknown whether the change was applied.
+            RegistryError: the store stayed out of reach; it is then unknown whether the change was applied.
         """
         ...
 
