@@ -1,0 +1,77 @@
+"""What can be read from a raw message without decoding it: enough to route a request, never a tensor.
+
+Source: Protocol Buffers, "Encoding" (protobuf.dev/programming-guides/encoding).
+"""
+
+from __future__ import annotations
+
+from mesh.errors import InvalidRequest
+
+
+def peek_string(message: bytes, field_number: int) -> str | None:
+    """The string in a top-level field, or None when the message does not carry the field.
+
+    The whole top level is walked, one hop per field, also when the field comes first: the last occurrence counts, and
+    a peek that disagreed with the decoder could check one model's name and run another. Stricter than protobuf in one
+    point: groups, which proto3 does not have, are refused, not skipped.
+
+    Raises:
+        InvalidRequest: the message is truncated or malformed, or the field is not UTF-8.
+    """
+    wanted = field_number << 3 | 2
+    at, end = 0, len(message)
+    start = stop = -1
+    try:
+        while at < end:
+            tag = message[at]
+            if tag < 128:
+                at += 1
+            else:
+                tag, at = _varint(message, at)
+            wire_type = tag & 7
+            if tag < 8 or tag >> 32:
+                raise InvalidRequest(f"malformed message: field number {tag >> 3} before byte {at}")
+            if wire_type == 2:  # length-delimited
+                size = message[at]
+                if size < 128:
+                    at += 1
+                else:
+                    size, at = _varint(message, at)
+                if tag == wanted:
+                    start, stop = at, at + size
+                at += size
+            elif wire_type == 0:  # varint
+                _, at = _varint(message, at)
+            elif wire_type == 5:  # 32 bits
+                at += 4
+            elif wire_type == 1:  # 64 bits
+                at += 8
+            else:
+                raise InvalidRequest(f"malformed message: field {tag >> 3} has wire type {wire_type}")
+    except IndexError:
+        raise InvalidRequest(f"malformed message: it ends at byte {end} inside a tag, a length or a varint") from None
+    if at != end:
+        raise InvalidRequest(f"malformed message: it has {end} bytes, its last field needs {at}")
+    if start < 0:
+        return None
+    try:
+        return str(message[start:stop], "utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"malformed message: field {field_number} is not UTF-8: {error.reason}") from None
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The varint that starts at byte `at`, and the byte after it.
+
+    Raises:
+        IndexError: the message ends first.
+        InvalidRequest: it is longer than ten bytes.
+    """
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise InvalidRequest(f"malformed message: the varint before byte {at} is longer than ten bytes")
