@@ -85,30 +85,32 @@ class Pod:
             CannotStart: a port is taken, the registry is not there, the repository cannot be read.
             ExceptionGroup: a bug, after which the process should end.
         """
-        registry = self._registry or _open(self.config.registry)
+        config = self.config
+        registry = self._registry or _open(config.registry)
         client = GrpcioClient()
+        server = GrpcioServer(max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s)
         refused: CannotStart | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
-                await self._live(registry, client, tasks)
+                await self._live(registry, server, client, tasks)
                 raise _Stopped  # cancels whatever is still under way in the background
         except* _Stopped:
             log.info("pod %s has stopped", self.engine.pod_id)
         except* CannotStart as errors:
             refused = next(error for error in errors.exceptions if isinstance(error, CannotStart))
         finally:
-            await self.server.stop(0)
+            await server.stop(0)
             await client.close()
             if self._registry is None:
                 await registry.close()
         if refused is not None:
             raise refused
 
-    async def _live(self, registry: Registry, client: GrpcioClient, tasks: asyncio.TaskGroup) -> None:
+    async def _live(
+        self, registry: Registry, server: GrpcioServer, client: GrpcioClient, tasks: asyncio.TaskGroup
+    ) -> None:
         config = self.config
-        port = _bind(
-            "gRPC", config.host, config.grpc_port, lambda: self.server.listen(_join(config.host, config.grpc_port))
-        )
+        port = _bind("gRPC", config.host, config.grpc_port, lambda: server.listen(_join(config.host, config.grpc_port)))
         self.address = config.advertise or _join(reachable_host(config.host, config.registry), port)
         pod_id = config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
         limits = Limits(config.capacity_bytes, load_slots=config.load_slots)
@@ -150,7 +152,7 @@ class Pod:
             background = [tasks.create_task(work) for work in (mirror.run(), publisher.run(), driver.tick())]
             await self._register_models(management)
             await publisher.flushed()
-            await self.server.start(handlers)
+            await server.start(handlers)
             self.serving.set()
             log.info("pod %s serves gRPC on %s", pod_id, self.address)
             await self._stopping.wait()
@@ -160,7 +162,7 @@ class Pod:
             for task in background:
                 task.cancel()  # the lease goes first: nobody is sent here any more
             await asyncio.gather(*background, return_exceptions=True)
-            await self.server.stop(config.drain_timeout_s)
+            await server.stop(config.drain_timeout_s)
         finally:
             await asyncio.to_thread(close_metrics)
             await asyncio.to_thread(driver.close)
