@@ -40,8 +40,9 @@ class LocalEtcd:
     """One etcd process on free loopback ports, which do not change when it is started again.
 
     Without a directory it works in a temporary one, unsafely fast, and removes it in the end. It dies with its parent,
-    even one that is killed (on Linux; elsewhere it then stays behind). The kernel takes the thread that started it for
-    the parent, so start it from one that stays, such as the main thread; waiting may be done anywhere.
+    even one that is killed (on Linux; elsewhere it then stays behind), though the temporary directory does not. The
+    kernel takes the thread that started it for the parent, so start it from one that stays, such as the main thread;
+    waiting may be done anywhere.
     """
 
     def __init__(self, directory: Path | None = None) -> None:

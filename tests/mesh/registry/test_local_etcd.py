@@ -55,10 +55,12 @@ async def test_it_keeps_its_data_and_address_when_started_again(tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
-async def test_it_dies_with_a_parent_that_is_killed() -> None:
+async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = "from mesh.local_etcd import LocalEtcd\nwith LocalEtcd() as etcd: print(etcd.pid, flush=True); input()"
     pipe = asyncio.subprocess.PIPE
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdin=pipe, stdout=pipe)
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdin=pipe, stdout=pipe, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
     assert parent.stdout is not None
     pid = int(await parent.stdout.readline())
     handle = os.pidfd_open(pid)
