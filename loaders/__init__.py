@@ -18,7 +18,7 @@ class Format:
     """`module:class`, imported when the first such model is sized or loaded."""
     extensions: tuple[str, ...] = ()
     runs_code: tuple[str, ...] = ()
-    """Extensions whose files can run code of their author; refused unless the operator allows the format."""
+    """Extensions whose files can run code of their author; refused unless the operator allows the extension."""
 
 
 LOADERS: Final[dict[str, Format]] = {
@@ -29,16 +29,26 @@ LOADERS: Final[dict[str, Format]] = {
 }
 
 
+def format_for(format_name: str) -> Format:
+    """The table's line for a format.
+
+    Raises:
+        LoaderError: unknown format.
+    """
+    try:
+        return LOADERS[format_name]
+    except KeyError:
+        expected = ", ".join(sorted(LOADERS))
+        raise LoaderError(f"unknown model format {format_name!r}: expected one of {expected}") from None
+
+
 @cache
 def loader_for(format_name: str) -> Loader:
-    """The loader of a format; one instance per process.
+    """The loader of a format, kept for the life of the process.
 
     Raises:
         LoaderError: unknown format, or its framework is not installed (the message carries the install line).
     """
-    entry = LOADERS.get(format_name)
-    if entry is None:
-        raise LoaderError(f"unknown model format {format_name!r}: expected one of {', '.join(sorted(LOADERS))}")
-    module, _, name = entry.loader.partition(":")
+    module, _, name = format_for(format_name).loader.partition(":")
     loader: Loader = getattr(import_module(module), name)()
     return loader

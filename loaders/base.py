@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 Tensor = npt.NDArray[Any]
@@ -52,8 +51,11 @@ class Signature:
     platform: str
     """V2's free text, e.g. `onnx_onnxv1`, `pytorch_torchscript`, `sklearn`."""
     lenient: bool = False
-    """The model takes its single input under any name and in any numeric datatype or BYTES (scikit-learn: KServe's
-    clients say `input-0`, MLServer's `predict`); declared names and datatypes are then only a hint."""
+    """The model takes its single input under any name, in any numeric datatype or BYTES and in any shape, and checks it
+    itself (scikit-learn: KServe's clients say `input-0`, MLServer's `predict`; TorchScript: the file does not say).
+    `inputs` and the datatypes and shapes of `outputs` are then only a hint: an answer is encoded by its own dtype."""
+    default_outputs: tuple[str, ...] = ()
+    """Names answered to a client that asks for none; empty: all of `outputs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class Artifact:
     """The registered `key` JSON: loader-specific settings; unknown names are refused by the loader."""
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
-    """Signature declared beside the model (model-settings.json, config.pbtxt); empty: take the model's own."""
+    """Signature declared beside the model (model-settings.json, config.pbtxt), batch dimension included; empty: take
+    the model's own."""
 
 
 class LoadedModel(Protocol):
@@ -94,7 +97,7 @@ class LoadedModel(Protocol):
 
 
 class Loader(Protocol):
-    """Reads one format. Construction imports the framework and may raise `LoaderError` with the install line."""
+    """Reads one format. Importing its module or constructing it may raise `LoaderError` with the install line."""
 
     def estimate_bytes(self, artifact: Artifact) -> int:
         """Bytes the loaded model will hold, from its files alone, at most a few milliseconds; at least 1.

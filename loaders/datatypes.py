@@ -6,10 +6,13 @@ BYTES tensors are numpy arrays of dtype object whose elements are `bytes`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
+
+from loaders.base import Tensor
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -43,3 +46,23 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
         return _NAMES[dtype.newbyteorder("<") if dtype.kind in "uif" else dtype]
     except KeyError:
         raise ValueError(f"V2 has no datatype for numpy {dtype}") from None
+
+
+def text_of(array: Tensor) -> Tensor:
+    """A BYTES tensor as an object array of `str`, same shape, for frameworks whose strings are text.
+
+    Raises:
+        UnicodeDecodeError: an element is not UTF-8.
+    """
+    return _mapped(array, lambda value: value.decode() if isinstance(value, bytes) else str(value))
+
+
+def bytes_of(array: Tensor) -> Tensor:
+    """Strings of any numpy kind (`U`, `S`, object) as a BYTES tensor: an object array of `bytes`, same shape."""
+    return _mapped(array, lambda value: value if isinstance(value, bytes) else str(value).encode())
+
+
+def _mapped(array: Tensor, convert: Callable[[Any], object]) -> Tensor:
+    mapped = np.empty(array.shape, dtype=object)
+    mapped.reshape(-1)[:] = [convert(value) for value in array.flat]
+    return mapped

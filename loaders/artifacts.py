@@ -1,0 +1,145 @@
+"""What a model's owner said, checked once for all loaders: where the files are, which settings, which signature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from loaders import Format, format_for
+from loaders.base import Artifact, LoaderError, Signature, TensorSpec
+
+_NOT_OURS: Final = frozenset(
+    {
+        "storage_key",
+        "storage_params",
+        "model_type",
+        "schema_path",
+        "disk_size_bytes",
+        "version",
+        "default_model_filename",
+    }
+)
+"""Names that come with ModelMesh's `key` JSON or are used before a loader sees it; loaders ignore them."""
+
+
+def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default_model_filename: str = "") -> Path:
+    """The model file that `uri` means: an absolute path or `file://` URI of a file or of a directory that holds one.
+
+    In a directory that is `default_model_filename` if given, else `model.<ext>` in the format's order of extensions,
+    else the only file with one of the format's extensions. Synthetic models need no file: an empty `uri` is enough.
+    `allowed_code` holds extensions without dot (`joblib`) whose files may run their author's code.
+
+    Raises:
+        LoaderError: no such file (retryable), not one model, another format's, or code that is not allowed.
+    """
+    entry = format_for(format_name)
+    if format_name == "synthetic" and uri in ("", "synthetic"):
+        return Path("synthetic")
+    path = _local_path(uri)
+    try:
+        if path.is_dir():
+            path = _model_file(path, entry, default_model_filename)
+        if not path.is_file():
+            raise LoaderError(f"{path} does not exist or is not a file", retryable=True)
+    except OSError as error:
+        raise LoaderError(f"{path} cannot be read: {error.strerror}", retryable=True) from error
+    extension = _extension(path, entry)
+    if not extension:
+        raise LoaderError(f"{path.name} is no {format_name} model: expected {' or '.join(entry.extensions)}")
+    if extension in entry.runs_code and extension[1:] not in allowed_code:
+        flag = f"--allow-code {extension[1:]}"
+        raise LoaderError(f"{path.name} can run its author's code when loaded: refused without {flag}")
+    return path
+
+
+def _local_path(uri: str) -> Path:
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        raise LoaderError(f"storage scheme {parts.scheme!r} is not supported: expected a path or file://")
+    if parts.scheme and parts.netloc not in ("", "localhost"):
+        raise LoaderError(f"{uri!r} names the host {parts.netloc!r}: expected file:///absolute/path")
+    path = Path(unquote(parts.path) if parts.scheme else uri)
+    if not path.is_absolute() or "\0" in str(path):
+        raise LoaderError(f"model path {uri!r} is not absolute: expected /path or file:///path")
+    return path
+
+
+def _model_file(folder: Path, entry: Format, default: str) -> Path:
+    if default:
+        if Path(default).name != default:
+            raise LoaderError(f"default_model_filename {default!r} must be a file name without folders")
+        return folder / default
+    for extension in entry.extensions:
+        if (model := folder / f"model{extension}").is_file():
+            return model
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and _extension(path, entry))
+    if len(found) == 1:
+        return folder / found[0]
+    expected = " or ".join(entry.extensions)
+    if not found:
+        raise LoaderError(f"{folder} holds no {expected} file", retryable=True)
+    raise LoaderError(f"{folder} holds several models ({', '.join(found[:8])}): expected one, or model{expected}")
+
+
+def _extension(path: Path, entry: Format) -> str:
+    return next((extension for extension in entry.extensions if path.name.endswith(extension)), "")
+
+
+def parameters(artifact: Artifact, format_name: str, *accepted: str) -> dict[str, Any]:
+    """The artifact's parameters that are the loader's own; a missing one is missing here too.
+
+    Raises:
+        LoaderError: a name that is neither accepted nor one of ModelMesh's.
+    """
+    own = {name: value for name, value in artifact.parameters.items() if name not in _NOT_OURS}
+    for name in own:
+        if name not in accepted:
+            expected = ", ".join(accepted) or "none"
+            raise LoaderError(f"unknown parameter {name!r}: {format_name} models take {expected}")
+    return own
+
+
+def agreed(own: Signature, artifact: Artifact) -> Signature:
+    """The model's own signature, narrowed by the one declared beside it, in the model's order.
+
+    A declared size narrows an unknown one; declaring fewer outputs hides the others. An input or output of rank 0 takes
+    the declared shape: ONNX Runtime tells unknown rank that way. Of a lenient model only the names of outputs count.
+
+    Raises:
+        LoaderError: they contradict each other; the message has both.
+    """
+    if own.lenient:
+        if len(artifact.inputs) > 1:
+            raise LoaderError(f"the model takes one input, but {_told(artifact.inputs)} are declared")
+        names = {spec.name for spec in own.outputs}
+        if any(spec.name not in names for spec in artifact.outputs):
+            raise LoaderError(f"declared outputs {_told(artifact.outputs)}, the model has {_told(own.outputs)}")
+        return replace(own, inputs=artifact.inputs or own.inputs, outputs=artifact.outputs or own.outputs)
+    inputs = _narrowed("input", own.inputs, artifact.inputs)
+    if len(inputs) != len(own.inputs):
+        raise LoaderError(f"declared inputs {_told(artifact.inputs)}, the model has {_told(own.inputs)}")
+    return replace(own, inputs=inputs, outputs=_narrowed("output", own.outputs, artifact.outputs))
+
+
+def _narrowed(kind: str, own: Sequence[TensorSpec], declared: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    if not declared:
+        return tuple(own)
+    by_name = {spec.name: spec for spec in own}
+    narrowed: dict[str, TensorSpec] = {}
+    for said in declared:
+        true = by_name.get(said.name)
+        if true is None:
+            raise LoaderError(f"declared {kind} {_told([said])} is none of the model's: {_told(own)}")
+        sizes = list(zip(said.shape, true.shape, strict=False))
+        fits = len(said.shape) == len(true.shape) and all(-1 in (a, b) or a == b for a, b in sizes)
+        if said.datatype != true.datatype or (true.shape and not fits):
+            raise LoaderError(f"declared {kind} {_told([said])} contradicts the model's {_told([true])}")
+        narrowed[said.name] = replace(said, shape=tuple(max(a, b) for a, b in sizes) if true.shape else said.shape)
+    return tuple(narrowed[spec.name] for spec in own if spec.name in narrowed)
+
+
+def _told(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.datatype} {list(spec.shape)}" for spec in specs)

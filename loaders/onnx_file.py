@@ -1,0 +1,125 @@
+"""What an ONNX model will weigh in memory, told from its file without parsing the tensors (or needing `onnx`).
+
+The protobuf is walked by field lengths: a 100 MB model takes 0.3 ms, 5000 nodes 2.4 ms.
+An ONNX Runtime 1.31 session as `loaders.onnx` configures it takes 85 kB, 3 kB a node, every weight as stored (prepacked
+weights replace the stored ones), weights of 16 bits twice (widened to FP32 on a CPU) and 4.5 times the stored attributes
+of tree ensembles: within 13 % of trimmed RSS for 23 models of 100 KB to 100 MB (MLPs, convolutions, forests, FP16, INT8,
+graphs of up to 5000 nodes).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loaders.base import LoaderError
+
+_SESSION_BYTES: Final = 85_000
+_NODE_BYTES: Final = 3_000
+_TREE_FACTOR: Final = 4.5
+_SMALL_NODE: Final = 1024
+
+# Field numbers of onnx.proto: ModelProto, GraphProto, NodeProto, TensorProto, StringStringEntryProto.
+_GRAPH: Final = 7
+_NODE, _INITIALIZER = 1, 5
+_OP_TYPE: Final = 4
+_DATA_TYPE, _EXTERNAL_DATA = 2, 13
+_KEY, _VALUE = 1, 2
+_SIXTEEN_BITS: Final = (10, 16)
+
+
+@dataclass(slots=True)
+class _Weight:
+    stored: float = 0
+    nodes: int = 0
+
+
+def weigh(path: Path, *, widened: bool = True) -> int:
+    """Bytes of the loaded model; `widened` if weights of 16 bits will be FP32 in memory.
+
+    Raises:
+        LoaderError: the file or one of its external data files is missing, or this is no ONNX model.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            graphs = [span for number, *span in _fields(data, 0, len(data)) if number == _GRAPH]
+            if not graphs:
+                raise ValueError("it has no graph")
+            weight = _Weight()
+            for start, end in graphs:
+                _weigh_graph(data, start, end, path, 2 if widened else 1, weight)
+    except FileNotFoundError as error:
+        raise LoaderError(f"{error.filename} does not exist", retryable=True) from error
+    except OSError as error:
+        raise LoaderError(f"{path} cannot be read: {error.strerror}", retryable=True) from error
+    except (ValueError, IndexError) as error:  # mmap refuses an empty file with ValueError
+        raise LoaderError(f"{path.name} is not an ONNX model: {error}") from error
+    return _SESSION_BYTES + _NODE_BYTES * weight.nodes + round(weight.stored)
+
+
+def _weigh_graph(data: mmap.mmap, start: int, end: int, path: Path, widening: int, weight: _Weight) -> None:
+    for number, begin, stop in _fields(data, start, end):
+        if number == _NODE:
+            weight.nodes += 1
+            is_tree = stop - begin > _SMALL_NODE and _op_type(data, begin, stop).startswith(b"TreeEnsemble")
+            weight.stored += (stop - begin) * (_TREE_FACTOR if is_tree else 1)
+        elif number == _INITIALIZER:
+            bytes_, factor = stop - begin, 1
+            external: dict[bytes, bytes] = {}
+            for part, *span in _fields(data, begin, stop):
+                if part == _DATA_TYPE and _varint(data, span[0])[0] in _SIXTEEN_BITS:
+                    factor = widening
+                elif part == _EXTERNAL_DATA:
+                    entry = {name: data[a:b] for name, a, b in _fields(data, *span)}
+                    external[entry.get(_KEY, b"")] = entry.get(_VALUE, b"")
+            if external:
+                bytes_ += _external_bytes(path.parent, external)
+            weight.stored += bytes_ * factor
+
+
+def _op_type(data: mmap.mmap, start: int, end: int) -> bytes:
+    return next((data[begin:stop] for number, begin, stop in _fields(data, start, end) if number == _OP_TYPE), b"")
+
+
+def _external_bytes(folder: Path, external: dict[bytes, bytes]) -> int:
+    """Length of a tensor kept in another file; that the file lies inside `folder` is ONNX Runtime's check."""
+    size = (folder / external.get(b"location", b"").decode()).stat().st_size
+    return min(int(external.get(b"length") or size), size)
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Field number and span of the value, for each field of the message at [start, end)."""
+    while start < end:
+        tag, start = _varint(data, start)
+        match tag & 7:
+            case 0:
+                stop = _varint(data, start)[1]
+            case 1:
+                stop = start + 8
+            case 2:
+                size, start = _varint(data, start)
+                stop = start + size
+            case 5:
+                stop = start + 4
+            case kind:
+                raise ValueError(f"field of unknown kind {kind}")
+        if stop > end:
+            raise ValueError("it is cut short")
+        yield tag >> 3, start, stop
+        start = stop
+
+
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")

@@ -1,0 +1,281 @@
+"""PyTorch models without their Python source: `.pt2` (torch.export) and `.pt` (TorchScript). CPU only.
+
+Both can run code of the model's author, so both are refused unless the operator allows them (`Format.runs_code`):
+
+- `.pt2`: `torch.export.load` unpickles any weight or constant that the archive marks `use_pickle` with
+  `weights_only=False`, and evaluates symbolic sizes of `model.json` with `sympy.sympify`, which is `eval`. Tried with
+  torch 2.13: a payload in either place runs while loading (`tests/loaders/test_torch.py`).
+- `.pt`: unpickled in C++ by a restricted reader and interpreted as TorchScript, so no Python runs, but the model's own
+  program does, and TorchScript can read and write files (`torch.from_file`, `torch.save`).
+
+Tensors are positional in TorchScript, and so are names declared in Triton's convention (`INPUT__0`, `OUTPUT__1`: the
+number is the position). Without declared names:
+
+- `.pt2`: inputs by the names of `forward`'s parameters, outputs by the keys of a returned dict, else `OUTPUT__<i>`.
+- `.pt`: the input by the name of `forward`'s parameter, outputs `OUTPUT__<i>`. The file tells neither datatypes nor
+  shapes: one input is lenient (see `Signature`), several must be declared, as must outputs of unknown number.
+
+One intra-op and one inter-op thread for the whole process, set once: parallelism comes from requests, and with OpenMP
+every calling thread would otherwise get a team of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from loaders.artifacts import agreed, parameters
+from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
+from loaders.datatypes import DTYPES
+from loaders.memory import Change, give_back
+from loaders.taking_turns import framework_load
+
+try:
+    import torch
+    from torch.utils import _pytree
+except ImportError as missing:
+    raise LoaderError("torch is not installed: pip install 'densemesh[torch]'") from missing
+
+_DATATYPES: Final = {
+    torch.bool: "BOOL",
+    torch.uint8: "UINT8",
+    torch.uint16: "UINT16",
+    torch.uint32: "UINT32",
+    torch.uint64: "UINT64",
+    torch.int8: "INT8",
+    torch.int16: "INT16",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.float16: "FP16",
+    torch.bfloat16: "BF16",
+    torch.float32: "FP32",
+    torch.float64: "FP64",
+}
+_POSITIONAL: Final = re.compile(r".*__(\d+)")
+
+_EXPORTED_BYTES, _EXPORTED_NODE_BYTES = 30_000, 3_500
+_SCRIPT_BYTES, _SCRIPT_NODE_BYTES = 150_000, 6_000
+"""Beside its tensors, per model and per graph node. So counted, sizes are within 12 % of trimmed RSS after three runs for
+TorchScript and 30 % for exported programs, of 100 KB to 100 MB: MLPs, a convolution net, a graph of 200 nodes."""
+
+
+class TorchLoader:
+    """Reads `.pt2` and TorchScript `.pt`; loads one model at a time."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        with suppress(RuntimeError):  # can be set only before the first parallel work, by us or another user of torch
+            torch.set_num_interop_threads(1)
+
+    def estimate_bytes(self, artifact: Artifact) -> int:
+        parameters(artifact, "torch")
+        try:
+            with zipfile.ZipFile(artifact.path) as archive:
+                stored = sum(each.file_size for each in archive.infolist() if not each.filename.endswith(".json"))
+        except FileNotFoundError as error:
+            raise LoaderError(f"{artifact.path} does not exist", retryable=True) from error
+        except OSError as error:
+            raise LoaderError(f"{artifact.path} cannot be read: {error.strerror}", retryable=True) from error
+        except zipfile.BadZipFile as error:
+            raise LoaderError(f"{artifact.path.name} is not a PyTorch archive: {error}") from error
+        return stored + (_EXPORTED_BYTES if artifact.path.suffix == ".pt2" else _SCRIPT_BYTES)
+
+    def load(self, artifact: Artifact) -> TorchModel:
+        self.estimate_bytes(artifact)  # refuses what is no archive, which torch would log at length
+        read = _read_exported if artifact.path.suffix == ".pt2" else _read_script
+        with Change(), framework_load(artifact.path, ignore=DeprecationWarning):  # of torch.jit, not of the model
+            try:
+                return read(artifact)
+            except LoaderError:
+                raise
+            except Exception as error:
+                no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
+                raise LoaderError(f"{artifact.path.name}: {_reason(error)}", retryable=no_memory) from error
+
+
+class TorchModel:
+    """A module and how tensors are handed to it by name."""
+
+    def __init__(
+        self,
+        module: Any,
+        call: Callable[[dict[str, torch.Tensor]], Any],
+        signature: Signature,
+        names: tuple[tuple[str, ...], tuple[str, ...]],
+        size_bytes: int,
+    ) -> None:
+        self.signature = signature
+        self.size_bytes = size_bytes
+        self._module = module
+        self._call = call
+        self._inputs, self._outputs = names
+
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+        """Run once.
+
+        Raises:
+            InferError: torch's reason; `bad_input` if sizes or values break the exported program's own guards, or if
+                the model is lenient and so nobody checked the input before.
+        """
+        if self.signature.lenient and len(inputs) == 1:
+            inputs = dict.fromkeys(self._inputs, *inputs.values())
+        try:
+            feeds = {name: _to_torch(tensor) for name, tensor in inputs.items()}
+            with torch.inference_mode():
+                found = _by_name(self._call(feeds), self._outputs)
+            return {name: _to_numpy(found[name]) for name in outputs}
+        except InferError:
+            raise
+        except Exception as error:
+            guard = isinstance(error, AssertionError | ValueError | IndexError)
+            no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            raise InferError(_reason(error), bad_input=guard or (self.signature.lenient and not no_memory)) from error
+
+    def unload(self) -> None:
+        """Free the weights now; a graph in reference cycles (4 kB a node) waits for the garbage collector.
+
+        torch 2.13 itself never frees 20 to 100 kB per load of a `.pt2` (sources and symbolic shapes); TorchScript 2 kB.
+        """
+        with Change():
+            for tensor in _tensors(self._module):
+                tensor.data = torch.empty(0)
+            del self._module, self._call
+        give_back()
+
+
+def _read_exported(artifact: Artifact) -> TorchModel:
+    program = torch.export.load(artifact.path)
+    takes = [_exported_spec(program, name) for name in program.graph_signature.user_inputs]
+    gives = [_exported_spec(program, name) for name in program.graph_signature.user_outputs]
+    tree = _pytree.tree_unflatten(list(range(len(gives))), program.call_spec.out_spec)
+    is_dict = isinstance(tree, dict) and all(isinstance(place, int) for place in tree.values())
+    keys = {place: str(key) for key, place in tree.items()} if is_dict else {}
+    gives = [replace(spec, name=keys.get(i, f"OUTPUT__{i}")) for i, spec in enumerate(gives)]
+
+    order = _positions(artifact.inputs, len(takes))
+    takes_names = tuple(spec.name for spec in order) if order else tuple(spec.name for spec in takes)
+    takes = [replace(spec, name=name) for spec, name in zip(takes, takes_names, strict=True)]
+    if not is_dict and len(artifact.outputs) == len(gives):  # positional in any naming
+        order = _positions(artifact.outputs, len(gives)) or list(artifact.outputs)
+        gives = [replace(spec, name=said.name) for spec, said in zip(gives, order, strict=True)]
+    gives_names = tuple(spec.name for spec in gives)
+
+    signature = agreed(Signature(tuple(takes), tuple(gives), platform="pytorch_export"), artifact)
+    module = program.module()
+    in_spec = program.call_spec.in_spec
+    nodes = len(program.graph.nodes)
+
+    def call(feeds: dict[str, torch.Tensor]) -> Any:
+        args, kwargs = _pytree.tree_unflatten([feeds[name] for name in takes_names], in_spec)
+        return module(*args, **kwargs)
+
+    size_bytes = _bytes(_tensors(module)) + _EXPORTED_BYTES + _EXPORTED_NODE_BYTES * nodes
+    return TorchModel(module, call, signature, (takes_names, gives_names), size_bytes)
+
+
+def _exported_spec(program: torch.export.ExportedProgram, name: object) -> TensorSpec:
+    value = next((node.meta.get("val") for node in program.graph.nodes if node.name == name), None)
+    datatype = _DATATYPES.get(value.dtype) if isinstance(value, torch.Tensor) else None
+    if value is None or datatype is None:
+        raise LoaderError(f"{name!r} of the exported program is no tensor of a V2 datatype")
+    return TensorSpec(str(name), datatype, tuple(size if isinstance(size, int) else -1 for size in value.shape))
+
+
+def _read_script(artifact: Artifact) -> TorchModel:
+    module = torch.jit.load(str(artifact.path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    schema = module.forward.schema
+    arguments = [each for each in schema.arguments[1:] if not each.has_default_value()]
+    if [each.name for each in arguments if str(each.type) != "Tensor"]:
+        raise LoaderError(f"forward takes more than tensors: {schema}")
+    own = tuple(each.name for each in arguments)
+    signature, takes_names = _script_inputs(artifact, own)
+    gives = _positions(artifact.outputs, len(artifact.outputs)) or list(artifact.outputs)
+    gives = gives or _script_outputs(schema.returns[0].type)
+    gives_names = tuple(spec.name for spec in gives)
+
+    def call(feeds: dict[str, torch.Tensor]) -> Any:
+        return module(**{name: feeds[said] for name, said in zip(own, takes_names, strict=True)})
+
+    nodes = sum(1 for _ in module.inlined_graph.nodes())
+    size_bytes = _bytes(_tensors(module)) + _SCRIPT_BYTES + _SCRIPT_NODE_BYTES * nodes
+    signature = replace(signature, outputs=tuple(gives))
+    return TorchModel(module, call, signature, (takes_names, gives_names), size_bytes)
+
+
+def _script_inputs(artifact: Artifact, own: tuple[str, ...]) -> tuple[Signature, tuple[str, ...]]:
+    """The signature but for its outputs, and the input names in the order of `forward`'s parameters `own`."""
+    signature = Signature(artifact.inputs, (), platform="pytorch_torchscript")
+    for spec in (*artifact.inputs, *artifact.outputs):
+        if spec.datatype == "BYTES":
+            raise LoaderError(f"declared tensor {spec.name!r} is BYTES, which PyTorch does not have")
+    if {spec.name for spec in artifact.inputs} == set(own):
+        return signature, own
+    if order := _positions(artifact.inputs, len(own)):
+        return signature, tuple(spec.name for spec in order)
+    if artifact.inputs:
+        said = ", ".join(spec.name for spec in artifact.inputs)
+        raise LoaderError(f"declared inputs {said}, but forward takes {', '.join(own)} (or INPUT__0, ...)")
+    if len(own) != 1:
+        raise LoaderError(f"forward takes {', '.join(own) or 'nothing'}: declare names, datatypes and shapes of inputs")
+    return replace(signature, inputs=(TensorSpec(own[0], "FP32", (-1, -1)),), lenient=True), own
+
+
+def _script_outputs(returned: Any) -> list[TensorSpec]:
+    count = len(returned.elements()) if returned.kind() == "TupleType" else 1
+    if returned.kind() not in ("TensorType", "TupleType"):
+        raise LoaderError(f"forward returns {returned}: declare names, datatypes and shapes of outputs")
+    return [TensorSpec(f"OUTPUT__{i}", "FP32", (-1, -1)) for i in range(count)]
+
+
+def _positions(declared: Sequence[TensorSpec], count: int) -> list[TensorSpec]:
+    """Declared specs by the number in their names (`INPUT__0`), if they are exactly 0 to count - 1; else empty."""
+    places = {int(found[1]): spec for spec in declared if (found := _POSITIONAL.fullmatch(spec.name))}
+    return [places[i] for i in range(count)] if len(declared) == count and set(places) == set(range(count)) else []
+
+
+def _by_name(result: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    found = result if isinstance(result, dict) else dict(zip(names, _pytree.tree_leaves(result), strict=False))
+    if missing := [name for name in names if name not in found]:
+        raise InferError(f"the model did not answer {', '.join(missing)}", bad_input=False)
+    return found
+
+
+def _to_torch(array: Tensor) -> torch.Tensor:
+    # Tensors cannot be read-only: a model that writes to its input must not write to the request's buffer.
+    array = array if array.flags.writeable else array.copy()
+    if array.dtype == DTYPES["BF16"]:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype == object:
+        raise InferError("PyTorch takes no BYTES tensors", bad_input=True)
+    return torch.from_numpy(array)
+
+
+def _to_numpy(tensor: torch.Tensor) -> Tensor:
+    if tensor.dtype not in _DATATYPES:
+        raise InferError(f"the model answered {tensor.dtype}, which has no V2 datatype", bad_input=False)
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES["BF16"])
+    return tensor.numpy()
+
+
+def _tensors(module: Any) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _reason(error: Exception) -> str:
+    """The last sentence of torch's message, which follows TorchScript's traceback; the type if there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]
