@@ -114,10 +114,12 @@ def agreed(own: Signature, artifact: Artifact) -> Signature:
     if own.lenient:
         if len(artifact.inputs) > 1:
             raise LoaderError(f"the model takes one input, but {_told(artifact.inputs)} are declared")
-        names = {spec.name for spec in own.outputs}
-        if any(spec.name not in names for spec in artifact.outputs):
+        names = {spec.name for spec in artifact.outputs or own.outputs}
+        outputs = tuple(spec for spec in own.outputs if spec.name in names)
+        if len(outputs) != len(names):
             raise LoaderError(f"declared outputs {_told(artifact.outputs)}, the model has {_told(own.outputs)}")
-        return replace(own, inputs=artifact.inputs or own.inputs, outputs=artifact.outputs or own.outputs)
+        defaults = tuple(name for name in own.default_outputs if name in names)
+        return replace(own, inputs=artifact.inputs or own.inputs, outputs=outputs, default_outputs=defaults)
     inputs = _narrowed("input", own.inputs, artifact.inputs)
     if len(inputs) != len(own.inputs):
         raise LoaderError(f"declared inputs {_told(artifact.inputs)}, the model has {_told(own.inputs)}")

@@ -25,7 +25,7 @@ import numpy as np
 from loaders.artifacts import agreed, parameters
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.datatypes import DTYPES, bytes_of, text_of
-from loaders.memory import Change, give_back
+from loaders.memory import Change
 from loaders.onnx_file import weigh
 
 try:
@@ -104,7 +104,7 @@ class OnnxModel:
         self.size_bytes = size_bytes
         self._session = session
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
-        self._run = self._run_values if _has(session, "BF16") else self._run_arrays
+        self._has_bf16 = _has(session, "BF16")
 
     def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
         """Run once; strings must be UTF-8, which is what an ONNX string is.
@@ -117,22 +117,18 @@ class OnnxModel:
         except UnicodeDecodeError as error:
             raise InferError(f"string input is not UTF-8: {error}", bad_input=True) from error
         try:
-            results = self._run(list(outputs), feeds)
+            run = self._run_values if self._has_bf16 else self._session.run
+            results: list[Tensor] = run(list(outputs), feeds)
         except Exception as error:
             raise InferError(_reason(error), bad_input=isinstance(error, InvalidArgument)) from error
         return {
-            name: bytes_of(result) if result.dtype == object else np.ascontiguousarray(result)
+            name: bytes_of(result) if result.dtype == object else result
             for name, result in zip(outputs, results, strict=True)
         }
 
     def unload(self) -> None:
         with Change():
-            del self._session, self._run
-        give_back()
-
-    def _run_arrays(self, outputs: list[str], feeds: dict[str, Tensor]) -> list[Tensor]:
-        results: list[Tensor] = self._session.run(outputs, feeds)
-        return results
+            del self._session
 
     def _run_values(self, outputs: list[str], feeds: dict[str, Tensor]) -> list[Tensor]:
         """The way for BF16, which ONNX Runtime cannot exchange as numpy arrays: by address, bit for bit."""

@@ -2,9 +2,9 @@
 
 The protobuf is walked by field lengths: a 100 MB model takes 0.3 ms, 5000 nodes 2.4 ms.
 An ONNX Runtime 1.31 session as `loaders.onnx` configures it takes 85 kB, 3 kB a node, every weight as stored (prepacked
-weights replace the stored ones), weights of 16 bits twice (widened to FP32 on a CPU) and 4.5 times the stored attributes
-of tree ensembles: within 13 % of trimmed RSS for 23 models of 100 KB to 100 MB (MLPs, convolutions, forests, FP16, INT8,
-graphs of up to 5000 nodes).
+weights replace the stored ones), weights of 16 bits twice (widened to FP32 on a CPU) and 4.5 times the attributes of
+tree ensembles: within 13 % of trimmed RSS for 23 models of 100 KB to 100 MB (MLPs, convolutions, forests, FP16, INT8,
+up to 5000 nodes).
 """
 
 from __future__ import annotations

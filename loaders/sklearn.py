@@ -27,7 +27,7 @@ import numpy as np
 from loaders.artifacts import agreed, parameters
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.datatypes import bytes_of, text_of
-from loaders.memory import Change, give_back
+from loaders.memory import Change
 from loaders.taking_turns import framework_load
 
 try:
@@ -153,7 +153,6 @@ class SklearnModel:
     def unload(self) -> None:
         with Change():
             del self._estimator
-        give_back()
 
     def _answer(self, name: str, rows: Tensor) -> Tensor:
         answer = np.asarray(getattr(self._estimator, name)(rows))

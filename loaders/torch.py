@@ -33,7 +33,7 @@ import numpy as np
 from loaders.artifacts import agreed, parameters
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.datatypes import DTYPES
-from loaders.memory import Change, give_back
+from loaders.memory import Change
 from loaders.taking_turns import framework_load
 
 try:
@@ -61,8 +61,8 @@ _POSITIONAL: Final = re.compile(r".*__(\d+)")
 
 _EXPORTED_BYTES, _EXPORTED_NODE_BYTES = 30_000, 3_500
 _SCRIPT_BYTES, _SCRIPT_NODE_BYTES = 150_000, 6_000
-"""Beside its tensors, per model and per graph node. So counted, sizes are within 12 % of trimmed RSS after three runs for
-TorchScript and 30 % for exported programs, of 100 KB to 100 MB: MLPs, a convolution net, a graph of 200 nodes."""
+"""Beside its tensors, per model and per graph node. So sizes are within 12 % of trimmed RSS after three runs for
+scripts, 30 % for exported programs, of 100 KB to 100 MB: MLPs, a convolution net, a graph of 200 nodes."""
 
 
 class TorchLoader:
@@ -146,7 +146,6 @@ class TorchModel:
             for tensor in _tensors(self._module):
                 tensor.data = torch.empty(0)
             del self._module, self._call
-        give_back()
 
 
 def _read_exported(artifact: Artifact) -> TorchModel:

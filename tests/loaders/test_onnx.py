@@ -99,7 +99,11 @@ def test_strings_that_are_not_text_are_the_clients_fault(save_onnx: Save) -> Non
 
 
 def test_scalars_and_unknown_sizes(save_onnx: Save) -> None:
-    assert LOADER.load(Artifact(identity(save_onnx, "FP32", ()))).signature.inputs[0].shape == ()
+    for datatype, tensor in (("FP32", np.array(2.5, np.float32)), ("BYTES", np.array(b"a", dtype=object))):
+        model = LOADER.load(Artifact(identity(save_onnx, datatype, ())))
+        assert model.signature.inputs[0].shape == ()
+        answer = model.infer({"x": tensor}, ["y"])["y"]
+        assert (answer.shape, answer.tolist()) == ((), tensor.tolist())
     assert LOADER.load(Artifact(identity(save_onnx, "FP32", (None, "m", 3)))).signature.inputs[0].shape == (-1, -1, 3)
 
 
@@ -214,7 +218,7 @@ def test_a_hundred_sessions_add_no_thread_and_unloading_gives_their_memory_back(
     models = [LOADER.load(artifact) for _ in range(100)]
     for model in models:
         model.infer({"x": x}, ["y"])
-    assert len(os.listdir("/proc/self/task")) <= threads
+    assert len(os.listdir("/proc/self/task")) <= threads + 1  # a timer's, for the next trim
     taken = memory.resident_bytes() - before
     claimed = sum(model.size_bytes for model in models)
     assert claimed == pytest.approx(taken, rel=0.3)
@@ -225,12 +229,12 @@ def test_a_hundred_sessions_add_no_thread_and_unloading_gives_their_memory_back(
     assert memory.resident_bytes() - before < taken / 4
 
 
-@pytest.mark.parametrize("widths", [(64, 128, 128, 10), (512, 1024, 1024, 128)])
+@pytest.mark.parametrize("widths", [(64, 128, 128, 10), (1024, 2048, 1024)])  # estimated and measured, `Change`
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_sizes_are_what_malloc_gave(save_mlp: Save, widths: tuple[int, ...], dtype: Any) -> None:
     artifact = Artifact(save_mlp(*widths, dtype=dtype))
     keep = [LOADER.load(artifact)]
     before = memory.malloc_bytes()
-    keep += [LOADER.load(artifact) for _ in range(10)]
-    assert keep[1].size_bytes == pytest.approx((memory.malloc_bytes() - before) / 10, rel=0.1)
-    assert LOADER.estimate_bytes(artifact) == pytest.approx(keep[1].size_bytes, rel=0.25)
+    keep += [LOADER.load(artifact) for _ in range(5)]
+    assert keep[1].size_bytes == pytest.approx((memory.malloc_bytes() - before) / 5, rel=0.15)
+    assert LOADER.estimate_bytes(artifact) == pytest.approx(keep[1].size_bytes, rel=0.15)

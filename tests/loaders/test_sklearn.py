@@ -244,7 +244,12 @@ def test_another_versions_model_loads_with_its_warning_logged(
 def test_declarations_name_the_one_input_and_known_outputs(tmp_path: Path, digits_model: LogisticRegression) -> None:
     artifact = saved(digits_model, tmp_path)
     hint = (TensorSpec("images", "FP32", (-1, 64)),)
-    assert LOADER.load(Artifact(artifact.path, inputs=hint)).signature.inputs == hint
+    both = tuple(TensorSpec(name, "FP32", (-1, 10)) for name in ("predict_proba", "predict"))
+    for declared, defaults in ((both, ("predict",)), (both[:1], ())):
+        signature = LOADER.load(Artifact(artifact.path, inputs=hint, outputs=declared)).signature
+        assert signature.inputs == hint
+        assert [spec.datatype for spec in signature.outputs] == ["INT64", "FP64"][-len(declared) :]
+        assert signature.default_outputs == defaults
     with pytest.raises(LoaderError, match=r"declared outputs score FP64 \[-1\], the model has predict INT64"):
         LOADER.load(Artifact(artifact.path, outputs=(TensorSpec("score", "FP64", (-1,)),)))
     with pytest.raises(LoaderError, match="takes one input"):
