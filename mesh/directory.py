@@ -81,6 +81,15 @@ class Directory:
             raise ModelNotFound(f"model {model_id!r} is not registered")
         return model_id
 
+    async def refresh(self, model_id: ModelId) -> None:
+        """Read a model's registration past the watch's lag: somebody else knows a later one.
+
+        Raises:
+            RegistryUnavailable
+        """
+        self._misses.pop(model_key(model_id), None)
+        await self._fetch(model_key(model_id))
+
     async def vmodel(self, vmodel_id: str) -> ModelId:
         """The active model of a vmodel.
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from loaders import loader_for
 from loaders.artifacts import resolve
@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 _TICK_S = 0.5
 
+MAX_ERROR_CHARS: Final = 1000
+
 
 def now_ms() -> int:
     """Unix time in milliseconds, as registry records have it."""
@@ -84,6 +86,7 @@ class Driver:
         self._allowed_code = allowed_code
         self._loaded: dict[ModelId, Resident] = {}
         self._waiters: dict[ModelId, asyncio.Future[None]] = {}
+        self._closed = False
         self._leading: set[object] = set()
         """What the leader asked for and is still under way."""
         # Unloads and estimates must not queue behind loads, or room would wait for what waits for room.
@@ -169,15 +172,22 @@ class Driver:
     def publish_pod(self) -> None:
         self._publisher.put(pod_key(self.engine.pod_id), encode(self.engine.pod_record(__version__)))
 
-    def close(self) -> None:
-        """Unload everything; no request may be running."""
-        for pool in (self._running, self._loading, self._housekeeping):
+    async def close(self) -> None:
+        """Unload everything once what runs in threads has ended; nothing new is begun. No request may be running."""
+        self._closed = True
+        await asyncio.to_thread(self._end_threads)
+        loaded, self._loaded = self._loaded, {}
+        for resident in loaded.values():
+            await asyncio.to_thread(resident.model.unload)
+
+    def _end_threads(self) -> None:
+        for pool in (self._running, self._loading):
             pool.shutdown(wait=True, cancel_futures=True)
-        for resident in self._loaded.values():
-            resident.model.unload()
-        self._loaded.clear()
+        self._housekeeping.shutdown(wait=True)
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
+        if self._closed:
+            return
         pod_id = self.engine.pod_id
         for action in actions:
             match action:
@@ -238,15 +248,18 @@ class Driver:
         event: Callable[[ModelId, T], Event],
     ) -> None:
         """Run a loader in a thread. Whatever it raises is this model's failure, not the pod's."""
+        if self._closed:
+            return
         try:
             result = await asyncio.get_running_loop().run_in_executor(pool, work, model)
         except LoaderError as error:
-            failed = LoadFailed(model.model_id, str(error), error.retryable)
+            failed = LoadFailed(model.model_id, _told(error), error.retryable)
         except MemoryError:
             failed = LoadFailed(model.model_id, "out of memory", True)
         except Exception as error:
             log.exception("loader %s broke on model %s", model.format, model.model_id)
-            failed = LoadFailed(model.model_id, f"loader {model.format}: {type(error).__name__}: {error}", False)
+            said = f"loader {model.format}: {type(error).__name__}: {_told(error)}"
+            failed = LoadFailed(model.model_id, said, False)
         else:
             self.step(event(model.model_id, result))
             return
@@ -254,6 +267,8 @@ class Driver:
         self.step(failed)
 
     async def _unload(self, model_id: ModelId) -> None:
+        if self._closed:
+            return
         resident = self._loaded.pop(model_id)
         await asyncio.get_running_loop().run_in_executor(self._housekeeping, resident.model.unload)
         log.info("copy %s UNLOADING -> gone", model_id)
@@ -273,6 +288,11 @@ class Driver:
             inputs=settings.inputs,
             outputs=settings.outputs,
         )
+
+
+def _told(error: Exception) -> str:
+    """What an error says, fit for a registry record and a status: not endless, and of characters that can be sent."""
+    return str(error)[:MAX_ERROR_CHARS].encode(errors="replace").decode()
 
 
 def settings_of(model: ModelRecord) -> ModelSettings:

@@ -160,5 +160,6 @@ BY_CODE: Final[dict[Code, type[MeshError]]] = {
     Code.UNIMPLEMENTED: Unimplemented,
     Code.INTERNAL: ModelFailed,
     Code.UNAVAILABLE: PodUnavailable,
+    Code.CANCELLED: PodUnavailable,  # not by us: the peer ends and has given its calls up
 }
 """How a peer's status becomes an error again when no reason came with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -26,35 +27,52 @@ _OPTIONS = [
 ]
 
 
+@dataclass(slots=True)
+class _Peer:
+    """One channel and the calls on it. Closing a channel cancels its calls, so that waits for the last of them."""
+
+    channel: grpc.aio.Channel
+    calls: int = 0
+    forgotten: bool = False
+
+
 class GrpcioClient:
     """Implements `mesh.rpc.Client`."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._peers: dict[str, _Peer] = {}
 
     async def call(
         self, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
     ) -> tuple[bytes, Mapping[str, str]]:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = self._peers[address] = _Peer(grpc.aio.insecure_channel(address, options=_OPTIONS))
         timeout_s = max(0.001, deadline - asyncio.get_running_loop().time())
-        call = channel.unary_unary(method)(message, timeout=timeout_s, metadata=tuple(metadata))
+        peer.calls += 1
         try:
+            call = peer.channel.unary_unary(method)(message, timeout=timeout_s, metadata=tuple(metadata))
             response: bytes = await call
+            headers = {key: value for key, value in await call.initial_metadata() if isinstance(value, str)}
         except grpc.aio.AioRpcError as error:
             raise _as_mesh_error(error, address) from None
-        headers = {key: value for key, value in await call.initial_metadata() if isinstance(value, str)}
+        finally:
+            peer.calls -= 1
+            if peer.forgotten and not peer.calls:
+                await peer.channel.close()
         return response, headers
 
     async def forget(self, address: str) -> None:
-        channel = self._channels.pop(address, None)
-        if channel is not None:
-            await channel.close()
+        peer = self._peers.pop(address, None)
+        if peer is not None:
+            peer.forgotten = True
+            if not peer.calls:
+                await peer.channel.close()
 
     async def close(self) -> None:
-        for address in list(self._channels):
-            await self.forget(address)
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            await peer.channel.close()
 
 
 def _as_mesh_error(error: grpc.aio.AioRpcError, address: str) -> MeshError:

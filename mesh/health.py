@@ -8,7 +8,7 @@ from typing import Final
 
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from mesh.errors import ModelNotFound
+from mesh.errors import ModelNotFound, PodUnavailable
 from mesh.inference import parse
 from mesh.rpc import Call, Handlers
 
@@ -34,7 +34,7 @@ class Health:
         return _response(self._status(service))
 
     async def _watch(self, call: Call, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The status now and whenever it changes, until the client goes away (health.proto, Watch)."""
+        """The status now and whenever it changes, until the client goes away (health.proto, Watch) or the pod does."""
         told = None
         async for message in messages:
             service = parse(HealthCheckRequest, message).service
@@ -43,6 +43,8 @@ class Health:
                 if status != told:
                     told = status
                     yield _response(status)
+                if not self._is_ready():
+                    raise PodUnavailable("the pod is going away")  # or this stream would hold up its end
                 await asyncio.sleep(_POLL_S)
 
     def _status(self, service: str) -> HealthCheckResponse.ServingStatus:

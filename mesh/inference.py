@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from loaders.base import InferError, LoadedModel, Tensor
+from loaders.base import InferError, LoadedModel, LoaderError, Tensor
 from mesh import __version__
 from mesh.directory import Directory, check_id
 from mesh.driver import Driver, settings_of
 from mesh.errors import InvalidRequest, MeshError, ModelFailed, ModelNotFound, Unimplemented
 from mesh.repository import ModelSettings
 from mesh.residency import Residency, overall
-from mesh.router import Router
+from mesh.router import MODEL, Router
 from mesh.rpc import Call, Handlers, Stream, Unary
 from mesh.tensors import check, decode, encode
+from mesh.wire import peek_string
 from placement.cache import Copy
 from placement.records import CopyStatus, ModelId
 from protos import inference_pb2 as pb
 
 SERVICE: Final = "/inference.GRPCInferenceService/"
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS: Final = ("model_repository", "model_repository(unload_dependents)", "parameters")
 
@@ -109,9 +114,9 @@ class Inference:
                     response = pb.ModelInferResponse.FromString(await self._model_infer(one, message))
                 yield pb.ModelStreamInferResponse(infer_response=response).SerializeToString()
             except TimeoutError:
-                yield pb.ModelStreamInferResponse(error_message="the deadline passed").SerializeToString()
+                yield _in_band("the deadline passed before the request was served", message)
             except MeshError as error:
-                yield pb.ModelStreamInferResponse(error_message=str(error)).SerializeToString()
+                yield _in_band(str(error), message)
 
     async def _model_metadata(self, call: Call, message: bytes) -> bytes:
         model_id, hop = await self._router.model_of(call, message, pb.ModelMetadataRequest.NAME_FIELD_NUMBER)
@@ -141,7 +146,7 @@ class Inference:
             model = self._engine.view.models[await self._directory.model(model_id)]
             _check_version(request.version, settings_of(model), model_id)
             ready = overall(self._engine.copies_of(model_id).values())[0] is not CopyStatus.FAILED
-        except ModelNotFound:
+        except (ModelNotFound, LoaderError):
             ready = False
         return pb.ModelReadyResponse(ready=ready).SerializeToString()
 
@@ -152,12 +157,13 @@ class Inference:
         response = pb.RepositoryIndexResponse()
         for model in sorted(self._engine.view.models.values(), key=lambda model: model.model_id):
             status, errors = overall(self._engine.copies_of(model.model_id).values())
+            try:
+                version = settings_of(model).version
+            except LoaderError as error:
+                version, errors = "", [str(error)]
             if status is CopyStatus.LOADED or not request.ready:
                 response.models.add(
-                    name=model.model_id,
-                    version=settings_of(model).version,
-                    state=_STATES[status],
-                    reason="; ".join(errors),
+                    name=model.model_id, version=version, state=_STATES[status], reason="; ".join(errors)
                 )
         return response.SerializeToString()
 
@@ -173,7 +179,8 @@ class Inference:
         """Give up every copy; the model stays registered and is loaded again when somebody asks for it."""
         request = parse(pb.RepositoryModelUnloadRequest, message)
         name = check_id("model_name", request.model_name or request.repository_name)
-        await self._residency.give_up(call, message, await self._directory.named(name))
+        told = call.texts(MODEL.removesuffix("-bin"))  # by the pod that was asked; a vmodel may mean another one here
+        await self._residency.give_up(call, message, told[0] if told else await self._directory.named(name))
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True).SerializeToString()
 
 
@@ -198,16 +205,30 @@ def parse(kind: type[M], message: bytes) -> M:
         raise InvalidRequest(f"the message is not a valid {kind.DESCRIPTOR.name}") from None
 
 
+def _in_band(error: str, message: bytes) -> bytes:
+    """A stream's answer to one request that failed; with the id, if there is one, so that the client knows which."""
+    answer = pb.ModelStreamInferResponse(error_message=error)
+    with contextlib.suppress(InvalidRequest):
+        request_id = peek_string(message, pb.ModelInferRequest.ID_FIELD_NUMBER)
+        if request_id:
+            answer.infer_response.id = request_id
+    return answer.SerializeToString()
+
+
 def asked_name(call: Call, model_id: ModelId) -> str:
     """The name in ModelMesh's headers, for clients that leave the message's name empty."""
     return next(iter(call.texts("mm-vmodel-id") or call.texts("mm-model-id")), model_id)
 
 
 def _infer(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+    """Run the model. Whatever it raises is this request's failure, not the pod's."""
     try:
         return model.infer(inputs, outputs)
     except InferError as error:
         raise (InvalidRequest if error.bad_input else ModelFailed)(str(error)) from None
+    except Exception as error:
+        log.exception("a model broke")
+        raise ModelFailed(f"the model broke: {type(error).__name__}: {error}") from None
 
 
 def _check_version(asked: str, settings: ModelSettings, model_id: ModelId) -> None:

@@ -19,7 +19,7 @@ from mesh.errors import (
 )
 from mesh.inference import parse
 from mesh.mirror import Mirror
-from mesh.registry.base import Commit, Registry, RegistryError
+from mesh.registry.base import Commit, Entry, Registry, RegistryError
 from mesh.repository import from_key
 from mesh.residency import ENSURE_LOADED, Residency, overall
 from mesh.router import Router
@@ -27,7 +27,7 @@ from mesh.rpc import Call, Handlers, Unary
 from mesh.vmodels import VModels, check_alike
 from placement.engine import Engine
 from placement.messages import Hop
-from placement.records import CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
+from placement.records import BadRecord, CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
 from protos import management_pb2 as pb
 
 MODEL_MESH: Final = "/mmesh.ModelMesh/"
@@ -119,6 +119,8 @@ class Management:
             if isinstance(known, ModelRecord):
                 check_alike(known, record)
                 return
+            if key in self._mirror.quarantined:
+                raise FailedPrecondition(f"the registry's record cannot be read: {self._mirror.quarantined[key]}")
         raise FailedPrecondition(f"model {record.model_id!r} is being registered and removed at once; try again")
 
     async def _unregister(self, call: Call, message: bytes) -> bytes:
@@ -128,9 +130,8 @@ class Management:
             entry = await self._registry.get(key)
             if entry is None:
                 break
-            model = decode(entry.key, entry.value)
-            assert isinstance(model, ModelRecord)
-            if model.refs:
+            model = readable_model(entry)
+            if model is not None and model.refs:
                 raise FailedPrecondition(f"model {model_id!r} has referents: {model.refs} vmodels point to it")
             revision = await self._registry.commit(Commit(expect={key: entry.revision}, delete=(key,)))
             if revision is not None:
@@ -275,6 +276,16 @@ def model_record(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_d
         from_key(info.key)
     except ValueError as error:
         raise InvalidRequest(f"modelInfo.{error}") from None
+    return record
+
+
+def readable_model(entry: Entry) -> ModelRecord | None:
+    """The model of a registry entry; None: it cannot be read, so nothing counts on it."""
+    try:
+        record = decode(entry.key, entry.value)
+    except BadRecord:
+        return None
+    assert isinstance(record, ModelRecord)
     return record
 
 

@@ -86,18 +86,26 @@ class Mirror:
         await self.until(lambda: self.revision >= revision)
 
     async def fetch(self, key: str) -> Record | None:
-        """The record at a key as the registry has it now, past the watch's lag; it is taken into the view.
+        """The model or vmodel at a key as the registry has it now, past the watch's lag; it is taken into the view.
 
         Raises:
             RegistryError
         """
         entry = await self._registry.get(key)
         record = self._read(entry) if entry is not None else None
+        if entry is not None and entry.revision <= self.revision:
+            # The watch has brought it meanwhile, and perhaps its end: applied now, it would stay for ever.
+            return self._known(key)
         if record is not None:
             changed = self._view.apply(record)
             if changed is not None:
                 self._on_models_changed([changed])
         return record
+
+    def _known(self, key: str) -> Record | None:
+        """The model or vmodel that the view has at a key."""
+        kind, _, name = key.partition("/")
+        return self._view.models.get(name) if kind == "models" else self._view.vmodels.get(name)
 
     def _apply(self, batch: Iterable[Change]) -> None:
         revision = self.revision

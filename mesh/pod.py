@@ -67,9 +67,6 @@ class Pod:
         self._stopping = asyncio.Event()
         self.serving = asyncio.Event()
         """Set while requests are taken."""
-        self.server = GrpcioServer(
-            max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s
-        )
         self.engine: Engine
         self.address = ""
         self.metrics_port = 0
@@ -149,8 +146,11 @@ class Pod:
         )
         try:
             await _until_registry(mirror.load)
-            background = [tasks.create_task(work) for work in (mirror.run(), publisher.run(), driver.tick())]
+            publishing = tasks.create_task(publisher.run())
+            for work in (mirror.run(), driver.tick()):
+                tasks.create_task(work)
             await self._register_models(management)
+            driver.publish_pod()
             await publisher.flushed()
             await server.start(handlers)
             self.serving.set()
@@ -159,13 +159,12 @@ class Pod:
             log.info("pod %s drains", pod_id)
             self.serving.clear()
             driver.step(DrainStarted())
-            for task in background:
-                task.cancel()  # the lease goes first: nobody is sent here any more
-            await asyncio.gather(*background, return_exceptions=True)
+            publishing.cancel()  # the lease goes first: nobody is sent here any more
+            await asyncio.wait([publishing])
             await server.stop(config.drain_timeout_s)
         finally:
             await asyncio.to_thread(close_metrics)
-            await asyncio.to_thread(driver.close)
+            await driver.close()
 
     async def _register_models(self, management: Management) -> None:
         """Register what lies in the model repository; what cannot be served is reported and left out."""

@@ -69,21 +69,26 @@ class Residency:
         return await self._router.walk(call, message, model_id, hop, _loaded, used_ms)
 
     async def give_up(self, call: Call, message: bytes, model_id: ModelId) -> None:
-        """Return when no pod holds a copy; the same call is sent to those that do.
+        """Return when every pod has given up its copy; the same call is sent to those that have one.
 
         Raises:
             MeshError: a holder could not be told.
         """
+        copy = self._engine.cache.copies.get(model_id)
         self._driver.step(CopyUnwanted(model_id))
         if not call.texts(HOP):
             metadata = ((HOP, Hop.HIT_ONLY.value), (MODEL, model_id.encode()))
-            pods = [self._engine.view.pods.get(pod_id) for pod_id in self._engine.view.copies(model_id)]
-            async with asyncio.TaskGroup() as tasks:
-                for pod in pods:
-                    if pod is not None and pod.pod_id != self._engine.pod_id:
-                        told = self._client.call(pod.address, call.method, message, metadata, call.deadline)
-                        tasks.create_task(told)
-        while model_id in self._engine.cache.copies:
+            view = self._engine.view
+            pods = [view.pods[pod_id] for pod_id in view.copies(model_id) if pod_id in view.pods]
+            calls = [
+                self._client.call(pod.address, call.method, message, metadata, call.deadline)
+                for pod in pods
+                if pod.pod_id != self._engine.pod_id
+            ]
+            for failed in await asyncio.gather(*calls, return_exceptions=True):
+                if isinstance(failed, BaseException):
+                    raise failed
+        while copy is not None and self._engine.cache.copies.get(model_id) is copy:
             await self._driver.changed(model_id)
 
 

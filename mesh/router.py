@@ -11,7 +11,7 @@ from typing import Final
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
 from mesh.errors import LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
-from mesh.rpc import HOLDER, Call, Client, Metadata
+from mesh.rpc import HOLDER, Call, Client
 from placement.cache import Copy
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import Forward, Hop, Join, LoadHere, Refuse, Serve, Why
@@ -21,6 +21,9 @@ HOP: Final = "densemesh-hop"
 """Request header between pods: `hit` or `load`."""
 MODEL: Final = "densemesh-model-bin"
 """Request header between pods: the concrete model id, so that both agree what a vmodel meant."""
+CREATED: Final = "densemesh-created"
+"""Request header between pods: the registration that the sender knows (`ModelRecord.created`), so that a receiver whose
+watch is behind does not answer from what was registered before."""
 
 ATTEMPTS: Final = 6
 """Pods asked for one request; a load may fail on fewer (`Limits.load_tries`)."""
@@ -28,7 +31,8 @@ ATTEMPTS: Final = 6
 Local = Callable[[Copy, Call, bytes], Awaitable[bytes]]
 """Serves a call on a loaded copy, which stays pinned meanwhile."""
 
-_NOT_FORWARDED: Final = ("grpc-", ":", "densemesh-", "user-agent", "content-type", "te")
+_NOT_FORWARDED: Final = ("grpc-", ":", "densemesh-")
+_OF_THE_CONNECTION: Final = frozenset(("user-agent", "content-type", "te"))
 
 
 class Router:
@@ -48,6 +52,9 @@ class Router:
         """
         hops, models = call.texts(HOP), call.texts(MODEL.removesuffix("-bin"))
         if hops and models:
+            known, created = self._engine.view.models.get(models[0]), call.texts(CREATED)
+            if created and created[0].isdecimal() and (known is None or known.created < int(created[0])):
+                await self._directory.refresh(models[0])
             return models[0], Hop.LOAD_HERE if hops[0] == Hop.LOAD_HERE.value else Hop.HIT_ONLY
         return await self._directory.resolve(call, message, field_number), Hop.CLIENT
 
@@ -130,11 +137,18 @@ class Router:
 
     async def _forward(self, pod_id: PodId, hop: Hop, call: Call, message: bytes, model_id: ModelId) -> bytes:
         """Send the same bytes to another pod."""
-        metadata: Metadata = [
-            *((key, value) for key, value in call.metadata if not key.startswith(_NOT_FORWARDED)),
+        metadata: list[tuple[str, str | bytes]] = [
+            *(
+                (key, value)
+                for key, value in call.metadata
+                if not key.startswith(_NOT_FORWARDED) and key not in _OF_THE_CONNECTION
+            ),
             (HOP, hop.value),
             (MODEL, model_id.encode()),
         ]
+        model = self._engine.view.models.get(model_id)
+        if model is not None:
+            metadata.append((CREATED, str(model.created)))
         address = self._engine.view.pods[pod_id].address
         reached = True
         self._engine.forward_started(pod_id)

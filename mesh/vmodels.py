@@ -7,6 +7,7 @@ is never removed under an alias and none is left behind. `placement.leader` deci
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import replace
 from typing import Final
@@ -15,7 +16,10 @@ from mesh.errors import (
     AlreadyExists,
     FailedPrecondition,
     LoadFailed,
+    LoadUnavailable,
+    MeshError,
     ModelNotFound,
+    NoRoom,
 )
 from mesh.mirror import Mirror
 from mesh.registry.base import Commit, Entry, Registry, RegistryError
@@ -23,9 +27,11 @@ from mesh.residency import Residency
 from placement.engine import Engine
 from placement.messages import SettleVModel
 from placement.records import (
+    BadRecord,
     CopyStatus,
     ModelId,
     ModelRecord,
+    Record,
     VModelRecord,
     decode,
     encode,
@@ -62,6 +68,8 @@ class VModels:
             old = await self._vmodel(request.vModelId)
             known = await self._model(request.targetModelId)
             if not _allowed(old, request):
+                assert old is not None
+                await self._mirror.caught_up(old.revision)
                 return
             if known is None and model is None:
                 raise ModelNotFound(f"targetModelId {request.targetModelId!r} is not registered")
@@ -76,14 +84,16 @@ class VModels:
         raise FailedPrecondition(f"vmodel {request.vModelId!r} is being changed by others; try again")
 
     async def settled(self, request: pb.SetVModelRequest, deadline: float) -> None:
-        """Return when the transition has ended, well or not; with loadNow the target is then loaded.
+        """Return when the transition has ended, well or not; with loadNow the target is then loaded or its load failed.
 
         Raises:
-            MeshError: the load failed.
+            MeshError: it could not even be tried.
+            TimeoutError
         """
         view = self._engine.view
         if request.loadNow:
-            await self._residency.ensure_loaded(request.targetModelId, deadline)
+            with contextlib.suppress(LoadFailed, LoadUnavailable, NoRoom):  # which the status tells
+                await self._residency.ensure_loaded(request.targetModelId, deadline)
 
         def ended() -> bool:
             vmodel = view.vmodels.get(request.vModelId)
@@ -91,9 +101,6 @@ class VModels:
 
         async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + _TRANSITION_S)):
             await self._mirror.until(ended)
-        vmodel = view.vmodels.get(request.vModelId)
-        if vmodel is not None and vmodel.failed:
-            raise LoadFailed(f"vmodel {request.vModelId!r} stays with {vmodel.active!r}: {vmodel.failed}")
 
     async def delete(self, vmodel_id: str, owner: str) -> None:
         """Remove a vmodel and the models that lived for it; another owner's is left alone, silently (ModelMesh).
@@ -112,7 +119,7 @@ class VModels:
         try:
             if await self._commit(action.old, action.new):
                 log.info("vmodel %s: active %s, failed %r", action.new.vmodel_id, action.new.active, action.new.failed)
-        except RegistryError as error:
+        except (MeshError, RegistryError) as error:
             log.warning("vmodel %s: %s", action.new.vmodel_id, error)
 
     def _at_once(self, old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
@@ -139,8 +146,10 @@ class VModels:
             model = await self._model(model_id)
             if model is None and create is not None and create.model_id == model_id:
                 model = create
+            if model is None and model_id in after:
+                return False  # unregistered meanwhile: an alias must not come to point to nothing
             if model is None:
-                continue  # the target was never registered, or went before its alias: nothing to count
+                continue  # it went before its alias, which only a registry changed by hand can do: nothing to count
             refs = model.refs + (1 if model_id in after else -1)
             expect[model_key(model_id)] = model.revision
             if refs <= 0 and model.auto_delete:
@@ -154,16 +163,26 @@ class VModels:
         return True
 
     async def _vmodel(self, vmodel_id: str) -> VModelRecord | None:
-        record = _decoded(await self._registry.get(vmodel_key(vmodel_id)))
+        record = readable(await self._registry.get(vmodel_key(vmodel_id)))
         return record if isinstance(record, VModelRecord) else None
 
     async def _model(self, model_id: ModelId) -> ModelRecord | None:
-        record = _decoded(await self._registry.get(model_key(model_id)))
+        record = readable(await self._registry.get(model_key(model_id)))
         return record if isinstance(record, ModelRecord) else None
 
 
-def _decoded(entry: Entry | None) -> object:
-    return None if entry is None else decode(entry.key, entry.value, revision=entry.revision, created=entry.created)
+def readable(entry: Entry | None) -> Record | None:
+    """The record of a registry entry.
+
+    Raises:
+        FailedPrecondition: it was written by hand or by a later version.
+    """
+    if entry is None:
+        return None
+    try:
+        return decode(entry.key, entry.value, revision=entry.revision, created=entry.created)
+    except BadRecord as error:
+        raise FailedPrecondition(f"the registry's record cannot be read: {error}") from None
 
 
 def _allowed(old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
