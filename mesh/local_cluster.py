@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -116,29 +116,9 @@ class LocalCluster:
         """Return when every pod serves and knows the others.
 
         Raises:
-            ClusterError: one ended, or START_TIMEOUT_S passed.
+            ClusterError: see `ready`.
         """
-        client = GrpcioClient()
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                for pod in self.pods:
-                    while pod.pid is not None and not await self._serves(client, pod):  # noqa: ASYNC110
-                        await asyncio.sleep(0.05)
-                    if pod.pid is None:
-                        raise ClusterError(f"{pod.pod_id} has ended; its log ends with:\n{pod.last_words()}")
-        except TimeoutError:
-            words = "\n".join(f"{pod.pod_id}:\n{pod.last_words()}" for pod in self.pods)
-            raise ClusterError(f"the pods do not serve after {START_TIMEOUT_S:.0f} s:\n{words}") from None
-        finally:
-            await client.close()
-
-    async def _serves(self, client: GrpcioClient, pod: LocalPod) -> bool:
-        """Whether the pod serves and knows all the others."""
-        try:
-            state = await get_state(client, pod.address)
-        except MeshError:
-            return False
-        return {pod.pod_id for pod in self.pods} <= {known.pod_id for known in state.pods}
+        await ready(self.pods)
 
     def stop(self) -> None:
         """Drain all pods, then stop etcd. Safe to repeat."""
@@ -149,6 +129,36 @@ class LocalCluster:
         self.etcd.stop()
         if self._scratch:
             self._scratch.cleanup()
+
+
+async def ready(pods: Sequence[LocalPod]) -> None:
+    """Return when every pod serves and knows the others.
+
+    Raises:
+        ClusterError: one ended, or START_TIMEOUT_S passed.
+    """
+    client = GrpcioClient()
+    pod_ids = {pod.pod_id for pod in pods}
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            for pod in pods:
+                while pod.pid is not None and not pod_ids <= await _known(client, pod):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                if pod.pid is None:
+                    raise ClusterError(f"{pod.pod_id} has ended; its log ends with:\n{pod.last_words()}")
+    except TimeoutError:
+        words = "\n".join(f"{pod.pod_id}:\n{pod.last_words()}" for pod in pods)
+        raise ClusterError(f"the pods do not serve after {START_TIMEOUT_S:.0f} s:\n{words}") from None
+    finally:
+        await client.close()
+
+
+async def _known(client: Client, pod: LocalPod) -> set[str]:
+    """The pods that a pod knows; none while it does not serve."""
+    try:
+        return {known.pod_id for known in (await get_state(client, pod.address)).pods}
+    except MeshError:
+        return set()
 
 
 async def get_state(client: Client, address: str, *, models: bool = False, timeout_s: float = 10.0) -> pb.MeshState:
