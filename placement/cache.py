@@ -16,8 +16,10 @@ Two invariants hold after every change (`check` asserts them):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Final
 
 from placement.lifecycle import CopyState, Move, next_state
 from placement.policies.base import EvictionPolicy
@@ -35,16 +37,14 @@ class Copy:
     """Where it enters the eviction order when it is loaded."""
     state: CopyState = CopyState.QUEUED
     size_bytes: int = 0
-    """Estimated until LOADED, measured from then on."""
+    """What the books hold for it: estimated until LOADED, measured from then on."""
     measured_bytes: int = 0
     """While SIZING: what the books must be corrected to."""
     pins: int = 0
     """Requests that use it or wait for it; a pinned copy is never evicted."""
     doomed: bool = False
-    """The model was removed while it loaded: unload as soon as that has ended."""
+    """Nobody wants it any more, but the loader is at work on it: it goes as soon as that has ended."""
     unload_started: bool = False
-    reload: bool = False
-    """Wanted again while UNLOADING."""
     estimated: bool = False
     error: str = ""
     retryable: bool = False
@@ -63,7 +63,7 @@ class Cache:
         self.policy = policy
         self.copies: dict[ModelId, Copy] = {}
         self._bytes = dict.fromkeys(CopyState, 0)
-        self._count = dict.fromkeys(CopyState, 0)
+        self._in_state: dict[CopyState, dict[ModelId, Copy]] = {state: {} for state in CopyState}
 
     def __repr__(self) -> str:
         b = self._bytes
@@ -73,7 +73,11 @@ class Cache:
         )
 
     def count(self, *states: CopyState) -> int:
-        return sum(self._count[state] for state in states)
+        return sum(len(self._in_state[state]) for state in states)
+
+    def in_state(self, state: CopyState) -> Collection[Copy]:
+        """Live: in order of their coming into the state."""
+        return self._in_state[state].values()
 
     def bytes_in(self, *states: CopyState) -> int:
         return sum(self._bytes[state] for state in states)
@@ -97,7 +101,7 @@ class Cache:
         """Take up a QUEUED copy, which holds no bytes yet."""
         assert copy.model.model_id not in self.copies, copy
         self.copies[copy.model.model_id] = copy
-        self._count[copy.state] += 1
+        self._in_state[copy.state][copy.model.model_id] = copy
 
     def move(self, copy: Copy, move: Move, now_ms: int) -> None:
         """The only way a copy's state changes: the table, the books and the eviction order stay in step.
@@ -106,57 +110,52 @@ class Cache:
             IllegalMove: nothing has changed.
         """
         before, after = copy.state, next_state(copy.state, move)
-        self._leave(copy, before)
+        model_id = copy.model.model_id
+        del self._in_state[before][model_id]
+        if before in _HOLDING:
+            self._bytes[before] -= copy.size_bytes
         copy.state, copy.since_ms = after, now_ms
         if move is Move.SETTLE:
             copy.size_bytes = copy.measured_bytes
         if after is CopyState.LOADED:
-            self.policy.insert(copy.model.model_id, copy.size_bytes, copy.used_ms)
+            self.policy.insert(model_id, copy.size_bytes, copy.used_ms)
         elif before is CopyState.LOADED:
-            self.policy.remove(copy.model.model_id)
-        self._enter(copy, after)
+            self.policy.remove(model_id)
         if after is CopyState.GONE:
-            del self.copies[copy.model.model_id]
+            del self.copies[model_id]
+            return
+        self._in_state[after][model_id] = copy
+        if after in _HOLDING:
+            self._bytes[after] += copy.size_bytes
 
     def victims(self, need_bytes: int) -> list[Copy] | None:
         """The coldest unpinned LOADED copies that together hold `need_bytes`; None: there are not enough."""
         if need_bytes <= 0:
             return []
         chosen: list[Copy] = []
-        for copy in self._evictable():
-            chosen.append(copy)
-            need_bytes -= copy.size_bytes
-            if need_bytes <= 0:
-                return chosen
+        with closing(self.policy.coldest()) as coldest:
+            for model_id in coldest:
+                copy = self.copies[model_id]
+                if not copy.pins:
+                    chosen.append(copy)
+                    need_bytes -= copy.size_bytes
+                    if need_bytes <= 0:
+                        return chosen
         return None
 
     def check(self) -> None:
         """Assert the invariants and that the books equal the sum of the copies (tests and the simulator call it)."""
         for state in CopyState:
-            copies = [copy for copy in self.copies.values() if copy.state is state]
-            held = sum(copy.size_bytes for copy in copies) if state in _HOLDING else 0
+            copies = {model_id: copy for model_id, copy in self.copies.items() if copy.state is state}
+            assert self._in_state[state] == copies, state
+            held = sum(copy.size_bytes for copy in copies.values()) if state in _HOLDING else 0
             assert self._bytes[state] == held, (state, self._bytes[state], held)
-            assert self._count[state] == len(copies), state
+        assert set(self.policy.coldest()) == set(self._in_state[CopyState.LOADED])
         assert self.resident_bytes <= self.capacity_bytes, self
         assert self.committed_bytes <= self.capacity_bytes, self
         assert all(copy.pins >= 0 for copy in self.copies.values())
 
-    def _evictable(self) -> Iterator[Copy]:
-        for model_id in self.policy.coldest():
-            copy = self.copies[model_id]
-            if not copy.pins:
-                yield copy
 
-    def _leave(self, copy: Copy, state: CopyState) -> None:
-        self._count[state] -= 1
-        if state in _HOLDING:
-            self._bytes[state] -= copy.size_bytes
-
-    def _enter(self, copy: Copy, state: CopyState) -> None:
-        if state is not CopyState.GONE:
-            self._count[state] += 1
-        if state in _HOLDING:
-            self._bytes[state] += copy.size_bytes
-
-
-_HOLDING = frozenset({CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING})
+_HOLDING: Final = frozenset(
+    {CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING}
+)

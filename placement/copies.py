@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from placement.cache import Cache, Copy
-from placement.lifecycle import IN_FLIGHT, CopyState, Move
+from placement.lifecycle import IN_FLIGHT, CopyState, IllegalMove, Move
 from placement.messages import (
     Action,
     CopyWanted,
@@ -41,6 +41,8 @@ class Limits:
     """Pods on which a load may fail before a request gives up."""
     suspect_ms: int = 2_000
     """How long a peer that could not be reached is avoided."""
+    room_patience_ms: int = 2_000
+    """How long a copy that turned out larger than estimated may wait for its room before it is given up."""
 
 
 class LocalCopies:
@@ -52,24 +54,18 @@ class LocalCopies:
         self.cache = Cache(limits.capacity_bytes, policy)
         self._view = view
         self._stats = stats
-        self._queue: list[Copy] = []
-        """Wanted copies in order of arrival: QUEUED, estimated or not."""
         self._starved = False
         """Something waits for bytes that pins hold."""
 
     def __repr__(self) -> str:
-        return f"{self.cache!r} queued={len(self._queue)}"
+        return f"{self.cache!r} queued={self.cache.count(CopyState.QUEUED)}"
 
     def unpin(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
+        assert copy.pins > 0, copy
         copy.pins -= 1
         if copy.pins == 0 and (self._starved or copy.state is CopyState.UNLOADING):
             self._start_unload(copy, actions)
             self.advance(now_ms, actions)
-
-    def records(self) -> dict[ModelId, CopyRecord]:
-        """This pod's copies as the registry should tell them."""
-        records = ((model_id, self.published(model_id)) for model_id in self.cache.copies)
-        return {model_id: record for model_id, record in records if record is not None}
 
     def published(self, model_id: ModelId) -> CopyRecord | None:
         """A model's copy as the registry should tell it; None: it should not."""
@@ -85,62 +81,66 @@ class LocalCopies:
             size_bytes=copy.size_bytes,
             error=copy.error,
             retryable=copy.retryable,
+            registration=copy.model.created,
         )
 
     def wanted(self, event: CopyWanted, now_ms: int, actions: list[Action]) -> None:
+        """A copy that is on its way out has to be gone first: who wants the model hears of that and asks again."""
         copy = self.cache.copies.get(event.model_id)
+        used_ms = min(event.last_used_ms, now_ms)
         if copy is None:
-            copy = Copy(self._view.models[event.model_id], since_ms=now_ms, used_ms=event.last_used_ms)
+            copy = Copy(self._view.models[event.model_id], since_ms=now_ms, used_ms=used_ms)
             self.cache.add(copy)
-            self._queue.append(copy)
             actions += (Publish(self.record(copy)), EstimateSize(copy.model))
-        elif copy.state is CopyState.UNLOADING or copy.doomed:
-            copy.reload = True
         elif copy.state is CopyState.LOADED:
-            self.cache.policy.touch(event.model_id, event.last_used_ms)
+            self.cache.policy.touch(event.model_id, used_ms)
         else:
-            copy.used_ms = max(copy.used_ms, event.last_used_ms)
+            copy.used_ms = max(copy.used_ms, used_ms)
 
     def estimated(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
+        if copy.state is not CopyState.QUEUED or copy.estimated:
+            raise IllegalMove(f"nobody asked for a size: {copy!r}")
         if copy.doomed:
             self._drop(copy, now_ms, actions)
             return
         copy.estimated = True
         copy.size_bytes = self._view.measured(copy.model.model_id) or size_bytes
         if copy.size_bytes > self.limits.capacity_bytes:
-            self.failed(copy, self._too_large(copy.size_bytes), False, now_ms, actions)
+            self.cache.move(copy, Move.FAIL, now_ms)
+            self._failed(copy, self._too_large(copy.size_bytes), False, actions)
 
-    def loaded(self, copy: Copy, size_bytes: int, now_ms: int) -> None:
+    def loaded(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
         """The load has ended well; `advance` corrects the books."""
-        self._stats.loads_finished += 1
-        self._view.learn_size(copy.model.model_id, size_bytes)
-        copy.measured_bytes = size_bytes
         self.cache.move(copy, Move.FINISH, now_ms)
+        self._stats.loads_finished += 1
+        copy.measured_bytes = size_bytes
+        if copy.doomed:
+            self._evict(copy, now_ms, actions)
+        else:
+            self._view.learn_size(copy.model.model_id, copy.model.created, size_bytes)
 
     def failed(self, copy: Copy, error: str, retryable: bool, now_ms: int, actions: list[Action]) -> None:
-        if copy.state is CopyState.QUEUED:
-            self._queue.remove(copy)
+        if copy.estimated and copy.state is CopyState.QUEUED:
+            raise IllegalMove(f"nobody is at work on it: {copy!r}")
         self.cache.move(copy, Move.FAIL, now_ms)
-        self._stats.loads_failed += 1
-        copy.error, copy.retryable, copy.size_bytes = error, retryable, 0
-        copy.expires_ms = now_ms + (self.limits.retryable_expiry_ms if retryable else self.limits.failure_expiry_ms)
+        self._failed(copy, error, retryable, actions)
         if copy.doomed:
             self._drop(copy, now_ms, actions)
-        else:
-            actions += (Publish(self.record(copy)), Wake(copy.model.model_id))
 
     def unloaded(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
+        if not copy.unload_started:
+            raise IllegalMove(f"nobody asked for an unload: {copy!r}")
         if copy.error:
-            self.failed(copy, copy.error, copy.retryable, now_ms, actions)
+            self.cache.move(copy, Move.REJECT, now_ms)
+            self._failed(copy, copy.error, copy.retryable, actions)
         else:
             self.cache.move(copy, Move.UNLOADED, now_ms)
-            self._gone(copy, now_ms, actions)
+            actions.append(Wake(copy.model.model_id))
 
     def unwanted(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """The model was removed, or somebody asked for this copy to be given up."""
-        copy.reload = False
         match copy.state:
-            case CopyState.LOADED:
+            case CopyState.LOADED | CopyState.SIZING:
                 self._evict(copy, now_ms, actions)
             case CopyState.UNLOADING:
                 copy.error = ""
@@ -154,31 +154,50 @@ class LocalCopies:
 
     def expire(self, now_ms: int, actions: list[Action]) -> None:
         """Forget failures whose time has come."""
-        copies = self.cache.copies.values()
-        for copy in [c for c in copies if c.state is CopyState.FAILED and c.expires_ms <= now_ms]:
+        for copy in [c for c in self.cache.in_state(CopyState.FAILED) if c.expires_ms <= now_ms]:
             self._drop(copy, now_ms, actions)
 
     def advance(self, now_ms: int, actions: list[Action]) -> None:
         """Let every copy go as far as bytes and slots allow: SIZING first, then WAITING, then the queue."""
         self._starved = False
-        count = self.cache.count
-        if count(CopyState.SIZING, CopyState.WAITING):
-            copies = list(self.cache.copies.values())
-            for copy in [c for c in copies if c.state is CopyState.SIZING]:
-                self._settle(copy, now_ms, actions)
-            for copy in [c for c in copies if c.state is CopyState.WAITING]:
-                if copy.size_bytes <= self.cache.free_bytes:
-                    self._load(copy, now_ms, actions)
-        if count(CopyState.SIZING):
-            return  # room is being made for a copy that is in memory already; promise none of it to others
-        for copy in [c for c in self._queue if c.estimated]:
-            if count(CopyState.WAITING, CopyState.LOADING) >= self.limits.load_slots:
-                break
-            if self._make_room(copy.size_bytes, now_ms, actions):
-                self._queue.remove(copy)
-                self.cache.move(copy, Move.PROMISE, now_ms)
-                if copy.size_bytes <= self.cache.free_bytes:
-                    self._load(copy, now_ms, actions)
+        cache = self.cache
+        # Those that turned out smaller first: the others may need what they give back.
+        for copy in sorted(cache.in_state(CopyState.SIZING), key=_excess_bytes):
+            self._settle(copy, now_ms, actions)
+        if cache.count(CopyState.SIZING):
+            return  # more is in memory than the books say: start and promise nothing until they agree
+        for copy in list(cache.in_state(CopyState.WAITING)):
+            if copy.size_bytes <= cache.free_bytes:
+                self._load(copy, now_ms, actions)
+        slots = self.limits.load_slots - cache.count(CopyState.WAITING, CopyState.LOADING)
+        if slots > 0:
+            self._promise(slots, now_ms, actions)
+
+    def _promise(self, slots: int, now_ms: int, actions: list[Action]) -> None:
+        """Take copies from the queue in order of arrival. One for which pins and loads leave no room is overtaken by
+        smaller ones, so that it does not hold up the pod."""
+        no_room_for = self.limits.capacity_bytes + 1
+        for copy in [c for c in self.cache.in_state(CopyState.QUEUED) if c.estimated]:
+            if copy.size_bytes >= no_room_for:
+                continue
+            if not self._make_room(copy.size_bytes, now_ms, actions):
+                no_room_for = copy.size_bytes
+                continue
+            self.cache.move(copy, Move.PROMISE, now_ms)
+            if copy.size_bytes <= self.cache.free_bytes:
+                self._load(copy, now_ms, actions)
+            slots -= 1
+            if slots == 0:
+                return
+
+    def _failed(self, copy: Copy, error: str, retryable: bool, actions: list[Action]) -> None:
+        """Keep a failure in mind and tell of it."""
+        self._stats.loads_failed += 1
+        expiry_ms = self.limits.retryable_expiry_ms if retryable else self.limits.failure_expiry_ms
+        copy.error, copy.retryable, copy.size_bytes = error, retryable, 0
+        copy.expires_ms = copy.since_ms + expiry_ms
+        if not copy.doomed:
+            actions += (Publish(self.record(copy)), Wake(copy.model.model_id))
 
     def _load(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         self.cache.move(copy, Move.START, now_ms)
@@ -186,18 +205,16 @@ class LocalCopies:
 
     def _settle(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """Correct the books of a loaded copy; one that turned out larger may have to wait for evictions, or to go."""
-        excess = copy.measured_bytes - copy.size_bytes
-        if copy.doomed:
-            self._evict(copy, now_ms, actions)
-        elif copy.measured_bytes > self.limits.capacity_bytes:
+        excess = _excess_bytes(copy)
+        if copy.measured_bytes > self.limits.capacity_bytes:
             copy.error, copy.retryable = self._too_large(copy.measured_bytes), False
             self._evict(copy, now_ms, actions)
         elif self._make_room(excess, now_ms, actions):
             if excess <= self.cache.free_bytes:
                 self.cache.move(copy, Move.SETTLE, now_ms)
                 actions += (Publish(self.record(copy)), Wake(copy.model.model_id))
-        elif not self.cache.count(CopyState.LOADED, CopyState.UNLOADING):
-            # Only loads hold the room, perhaps waiting for each other: this one gives way.
+        elif now_ms - copy.since_ms >= self.limits.room_patience_ms:
+            # Pins hold the room, or other copies that turned out larger and wait for this one's: it gives way.
             copy.error = (
                 f"loaded as {copy.measured_bytes} bytes instead of {copy.size_bytes}, for which there is no room"
             )
@@ -227,19 +244,16 @@ class LocalCopies:
 
     def _drop(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """A copy that holds no memory ceases to exist."""
-        if copy.state is CopyState.QUEUED:
-            self._queue.remove(copy)
         self.cache.move(copy, Move.DROP, now_ms)
-        self._gone(copy, now_ms, actions)
-
-    def _gone(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
-        model_id = copy.model.model_id
-        actions += (Unpublish(model_id), Wake(model_id))
-        if copy.reload and model_id in self._view.models:
-            self.wanted(CopyWanted(model_id, now_ms), now_ms, actions)
+        actions += (Unpublish(copy.model.model_id), Wake(copy.model.model_id))
 
     def _too_large(self, size_bytes: int) -> str:
         return f"needs {size_bytes} bytes; this pod holds {self.limits.capacity_bytes} bytes"
+
+
+def _excess_bytes(copy: Copy) -> int:
+    """How much larger a SIZING copy is than the books say; negative: smaller."""
+    return copy.measured_bytes - copy.size_bytes
 
 
 _PUBLISHED: Final = {

@@ -75,14 +75,15 @@ class Engine:
         2. From a client, and a copy is loaded elsewhere: forward to a holder.
         3. A copy is on its way here: join it.
         4. From a client, and a copy is on its way elsewhere: forward to join it there.
-        5. Nobody has it: load it, here or on the pod that is best for it.
-        6. Or no pod can.
+        5. Nobody has it: load it, here if a pod chose this one, else on the pod that is best for it.
+        6. Or no pod can, or this one was asked for a hit: refuse.
         """
+        used_ms = now_ms if used_ms is None else min(used_ms, now_ms)
         copy = self.cache.copies.get(model_id)
         if copy is not None and self.pod_id in exclude:
             copy = None
         if copy is not None and copy.state is CopyState.LOADED:
-            self.cache.policy.touch(model_id, now_ms if used_ms is None else used_ms)
+            self.cache.policy.touch(model_id, used_ms)
             self.stats.hits += 1
             return Serve(copy)
         if hop is Hop.CLIENT:
@@ -90,7 +91,7 @@ class Engine:
             if holder is not None:
                 return self._forward(holder, Hop.HIT_ONLY)
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
-            copy.used_ms = max(copy.used_ms, now_ms if used_ms is None else used_ms)
+            copy.used_ms = max(copy.used_ms, used_ms)
             self.stats.joins += 1
             return Join(copy)
         if hop is Hop.CLIENT:
@@ -124,6 +125,7 @@ class Engine:
             del self._in_flight[pod_id]
         if not reached:
             self._suspects[pod_id] = now_ms + self.limits.suspect_ms
+            self._assumed.pop(pod_id, None)  # nothing was sent after all, and the pod will not speak of it
         elif self._suspects:
             self._suspects.pop(pod_id, None)
 
@@ -165,7 +167,7 @@ class Engine:
             case SizeEstimated(model_id, size_bytes):
                 copies.estimated(self.cache.copies[model_id], size_bytes, now_ms, actions)
             case LoadFinished(model_id, size_bytes):
-                copies.loaded(self.cache.copies[model_id], size_bytes, now_ms)
+                copies.loaded(self.cache.copies[model_id], size_bytes, now_ms, actions)
             case LoadFailed(model_id, error, retryable):
                 copies.failed(self.cache.copies[model_id], error, retryable, now_ms, actions)
             case UnloadFinished(model_id):
@@ -177,6 +179,7 @@ class Engine:
             case Tick():
                 copies.expire(now_ms, actions)
                 self._suspects = {p: until_ms for p, until_ms in self._suspects.items() if until_ms > now_ms}
+                self._assumed = {p: assumed for p, assumed in self._assumed.items() if self._assumed_bytes(p)}
                 actions += leader.plan(self.view, self.pod_id)
             case DrainStarted():
                 self.draining = True
@@ -190,12 +193,11 @@ class Engine:
         model = self.view.models.get(model_id)
         if model is None:
             return self._refuse(Why.UNKNOWN_MODEL)
-        failed = copy if copy is not None and copy.state is CopyState.FAILED else None
         if hop is Hop.HIT_ONLY:
             return self._refuse(Why.NOT_HERE)
         if hop is Hop.LOAD_HERE:
-            if failed is not None:
-                return self._refuse(_failure(failed.retryable), failed.error)
+            if copy is not None and copy.state is CopyState.FAILED:
+                return self._refuse(_failure(copy.retryable), copy.error)
             if self.draining:
                 return self._refuse(Why.NOT_HERE)
             self.stats.loads += 1
@@ -205,7 +207,8 @@ class Engine:
             return self._refuse_failed(failures)
         size_bytes = self.view.size_bytes(model_id)
         must_fit_bytes = self.view.measured(model_id) or 0
-        unfit = {*exclude, *self._suspects, *(f.pod_id for f in failures)}
+        suspects = (pod_id for pod_id, until_ms in self._suspects.items() if until_ms > now_ms)
+        unfit = {*exclude, *suspects, *(f.pod_id for f in failures)}
         pods = {**self.view.pods, self.pod_id: self.pod_record()}
         among = candidates(
             pods.values(),

@@ -1,14 +1,22 @@
 """The life of one model copy on one pod, as one table. Every move that is not in it raises.
 
-QUEUED -> WAITING -> LOADING -> SIZING -> LOADED -> UNLOADING -> (gone)
+    QUEUED -> WAITING | FAILED | GONE
+    WAITING -> LOADING | GONE
+    LOADING -> SIZING | FAILED
+    SIZING -> LOADED | UNLOADING
+    LOADED -> UNLOADING
+    UNLOADING -> GONE | FAILED
+    FAILED -> GONE
 
 QUEUED     wanted; its size is being estimated, or no load slot or room can be promised yet
 WAITING    room is promised; the evictions that make it are not finished
 LOADING    the loader works; the estimate's bytes are taken
 SIZING     loaded and measured; the books are being corrected, which may need evictions
 LOADED     serves
-UNLOADING  does not serve any more; its bytes count until the unload has finished
+UNLOADING  does not serve any more; its bytes count until the unload has finished; FAILED follows if it was given up
+           because it turned out larger than there is room for
 FAILED     cannot be loaded; holds no bytes; forgotten after its expiry, or when the model changes
+GONE       nothing is left of it; when the model is wanted again, that is another copy
 """
 
 from __future__ import annotations
@@ -35,6 +43,7 @@ class Move(Enum):
     SETTLE = "books corrected"
     EVICT = "evicted or removed"
     UNLOADED = "unload finished"
+    REJECT = "unload finished, not to be tried again at once"
     FAIL = "failed"
     DROP = "dropped"
 
@@ -47,12 +56,11 @@ _S, _M = CopyState, Move
 
 TRANSITIONS: Final[dict[CopyState, dict[Move, CopyState]]] = {
     _S.QUEUED: {_M.PROMISE: _S.WAITING, _M.FAIL: _S.FAILED, _M.DROP: _S.GONE},
-    _S.WAITING: {_M.START: _S.LOADING, _M.FAIL: _S.FAILED, _M.DROP: _S.GONE},
+    _S.WAITING: {_M.START: _S.LOADING, _M.DROP: _S.GONE},
     _S.LOADING: {_M.FINISH: _S.SIZING, _M.FAIL: _S.FAILED},
     _S.SIZING: {_M.SETTLE: _S.LOADED, _M.EVICT: _S.UNLOADING},
     _S.LOADED: {_M.EVICT: _S.UNLOADING},
-    # UNLOADING -> FAILED: measured larger than the pod can hold; it is given back and not tried again at once.
-    _S.UNLOADING: {_M.UNLOADED: _S.GONE, _M.FAIL: _S.FAILED},
+    _S.UNLOADING: {_M.UNLOADED: _S.GONE, _M.REJECT: _S.FAILED},
     _S.FAILED: {_M.DROP: _S.GONE},
     _S.GONE: {},
 }

@@ -11,6 +11,7 @@ Values are JSON objects. Members this version does not know are ignored, so that
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -97,6 +98,8 @@ class CopyRecord:
     """Measured, once it is loaded; estimated before; 0: not known yet."""
     error: str = ""
     retryable: bool = False
+    registration: int = 0
+    """`created` of the model's record it is a copy of: what was measured says nothing of a later registration."""
 
 
 Record = ModelRecord | VModelRecord | PodRecord | CopyRecord
@@ -141,7 +144,7 @@ def encode(record: Record) -> bytes:
         for f in fields(record)
         if f.name not in names and f.name not in _STAMPS and getattr(record, f.name) != f.default
     }
-    return json.dumps(members, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(members, separators=(",", ":")).encode()  # ASCII: errors may quote what no encoding can tell
 
 
 def decode(key: str, value: bytes, *, revision: int = 0, created: int = 0) -> Record:
@@ -155,11 +158,11 @@ def decode(key: str, value: bytes, *, revision: int = 0, created: int = 0) -> Re
         raise BadRecord(f"{key!r}: unknown kind {kind!r}")
     cls, names = _TABLE[kind]
     ids = rest.split("/", len(names) - 1)
-    if len(ids) != len(names) or not all(ids):
+    if len(ids) != len(names) or not all(ids) or (names[0] == "pod_id" and "/" in ids[0]):
         raise BadRecord(f"{key!r}: expected {kind}/{'/'.join(f'<{n}>' for n in names)}")
     try:
         members = json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRecord(f"{key!r}: not JSON ({error})") from None
     if not isinstance(members, dict):
         raise BadRecord(f"{key!r}: expected a JSON object, found {type(members).__name__}")
@@ -183,14 +186,17 @@ def _checked(key: str, cls: type[Any], members: Mapping[str, Any]) -> dict[str, 
                 try:
                     value = CopyStatus(value)
                 except ValueError:
-                    raise BadRecord(f"{key!r}: {f.name} {value!r} is not a copy's status") from None
+                    raise BadRecord(f"{key!r}: {f.name} {_repr(value)} is not a copy's status") from None
             elif type(value) is not _JSON_TYPES.get(f.type, str):
-                raise BadRecord(f"{key!r}: {f.name} must be a JSON {f.type}, found {value!r}")
+                raise BadRecord(f"{key!r}: {f.name} must be a JSON {f.type}, found {_repr(value)}")
             elif type(value) is int and not 0 <= value < 1 << 63:
-                raise BadRecord(f"{key!r}: {f.name} must lie in [0, 2^63), found {value}")
+                raise BadRecord(f"{key!r}: {f.name} must lie in [0, 2^63), found {_repr(value)}")
             known[f.name] = value
     return known
 
+
+_repr: Final = reprlib.repr
+"""Of bounded length and depth: values are as large as whoever wrote them pleased."""
 
 _JSON_TYPES: Final[dict[object, type]] = {"int": int, "bool": bool}
 

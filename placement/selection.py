@@ -8,10 +8,9 @@ the same moment about the same model agree, and models that are placed in one bu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from random import Random
-from typing import Final
+from typing import Final, NamedTuple
 
 from placement.records import ModelId, PodId, PodRecord
 
@@ -19,8 +18,7 @@ NEAR_BEST: Final = 0.75
 """A pod with at least this share of the best pod's room (or coldness) is as good as the best."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A pod that may load the model."""
 
     pod_id: PodId
@@ -71,9 +69,10 @@ def choose_target(model_id: ModelId, size_bytes: int, among: Sequence[Candidate]
 def choose_holder(holders: Sequence[PodId], in_flight: Mapping[PodId, int], rng: Random) -> PodId:
     """Of two holders drawn at random, the one this pod has fewer requests in flight to (power of two choices,
     Mitzenmacher 2001)."""
-    if len(holders) > 2:
-        holders = rng.sample(holders, 2)
-    return min(holders, key=lambda pod_id: in_flight.get(pod_id, 0))
+    if len(holders) == 1:
+        return holders[0]
+    first, second = rng.sample(holders, 2)
+    return second if in_flight.get(second, 0) < in_flight.get(first, 0) else first
 
 
 def _affinity(model_id: ModelId, pod_id: PodId) -> bytes:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since start. Every attempt to place a request ends in one of the first five."""
+    """Counters since start. Every attempt to place a request, which is a call of `Engine.route`, adds one to one of the
+    first five."""
 
     hits: int = 0
     """Served here at once."""
@@ -22,6 +23,8 @@ class Stats:
     retries: int = 0
     """Attempts beyond a request's first; included above."""
     loads_finished: int = 0
+    """The loader gave a model, even if its copy had to go at once."""
     loads_failed: int = 0
+    """Copies that came to FAILED: at the estimate, in the load, or because they turned out larger than the room."""
     evictions: int = 0
-    """Copies given up for room; removals of models are not counted."""
+    """LOADED copies given up for room; those of removed models are not counted."""

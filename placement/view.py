@@ -34,28 +34,32 @@ class ClusterView:
         self.in_transition: set[str] = set()
         """VModels whose target is not active yet."""
         self._copies: dict[ModelId, dict[PodId, CopyRecord]] = {}
-        self._sizes: dict[ModelId, int] = {}
+        self._sizes: dict[ModelId, tuple[int, int]] = {}
+        """Registration (`ModelRecord.created`) and the size of its copies."""
         self._sizes_sum = 0
 
     def copies(self, model_id: ModelId) -> Mapping[PodId, CopyRecord]:
-        """The model's copies by pod; only pods that are alive."""
+        """The model's copies by pod. A pod's record may be gone before its copies', or come after them."""
         return self._copies.get(model_id, _NO_COPIES)
 
     def size_bytes(self, model_id: ModelId) -> int:
         """The model's size as last measured anywhere, else the mean of all measured models, else 0."""
-        known = self._sizes.get(model_id)
+        known = self.measured(model_id)
         if known is not None:
             return known
         return self._sizes_sum // len(self._sizes) if self._sizes else 0
 
     def measured(self, model_id: ModelId) -> int | None:
         """The model's size as last measured anywhere; None: nobody has loaded it since this pod started."""
-        return self._sizes.get(model_id)
+        model, known = self.models.get(model_id), self._sizes.get(model_id)
+        return known[1] if model is not None and known is not None and known[0] == model.created else None
 
-    def learn_size(self, model_id: ModelId, size_bytes: int) -> None:
-        """A copy of the model was measured."""
-        self._sizes_sum += size_bytes - self._sizes.get(model_id, 0)
-        self._sizes[model_id] = size_bytes
+    def learn_size(self, model_id: ModelId, registration: int, size_bytes: int) -> None:
+        """A copy of the model was measured. A pod that lags may still tell of an earlier registration's."""
+        known_registration, known_bytes = self._sizes.get(model_id, (registration, 0))
+        if registration >= known_registration:
+            self._sizes_sum += size_bytes - known_bytes
+            self._sizes[model_id] = (registration, size_bytes)
 
     def apply(self, record: Record) -> ModelId | None:
         """Take up a record, unless a newer one of that key is known. Returns the model's id if it now means something
@@ -67,7 +71,6 @@ class ClusterView:
                     return None
                 self.models[record.model_id] = record
                 if old is not None and not same_contents(old, record):
-                    self._forget_size(record.model_id)
                     return record.model_id
             case VModelRecord():
                 known = self.vmodels.get(record.vmodel_id)
@@ -83,7 +86,7 @@ class ClusterView:
             case CopyRecord():
                 self._copies.setdefault(record.model_id, {})[record.pod_id] = record
                 if record.status is CopyStatus.LOADED:
-                    self.learn_size(record.model_id, record.size_bytes)
+                    self.learn_size(record.model_id, record.registration, record.size_bytes)
         return None
 
     def remove(self, key: str, revision: int | None = None) -> ModelId | None:
@@ -110,26 +113,29 @@ class ClusterView:
                 copies = self._copies.get(model_id)
                 if copies is not None and copies.pop(pod_id, None) is not None and not copies:
                     del self._copies[model_id]
+                    if model_id not in self.models:
+                        self._forget_size(model_id)
         return None
 
     def replace(self, records: Iterable[Record]) -> list[ModelId]:
         """Make the view equal to a snapshot. Returns the models that are gone or mean something else."""
-        before = self.models
+        records = list(records)
+        models = {record.model_id: record for record in records if isinstance(record, ModelRecord)}
+        changed = [
+            model_id
+            for model_id, model in self.models.items()
+            if model_id not in models or not same_contents(model, models[model_id])
+        ]
+        for model_id in self._sizes.keys() - models.keys():
+            self._forget_size(model_id)
         self.models, self.vmodels, self.pods, self._copies = {}, {}, {}, {}
         self.in_transition.clear()
         for record in records:
             self.apply(record)
-        changed = [
-            model_id
-            for model_id, model in before.items()
-            if model_id not in self.models or not same_contents(model, self.models[model_id])
-        ]
-        for model_id in changed:
-            self._forget_size(model_id)
         return changed
 
     def _forget_size(self, model_id: ModelId) -> None:
-        self._sizes_sum -= self._sizes.pop(model_id, 0)
+        self._sizes_sum -= self._sizes.pop(model_id, (0, 0))[1]
 
 
 def same_contents(a: ModelRecord, b: ModelRecord) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from placement.records import ModelId
@@ -16,15 +16,16 @@ class EvictionPolicy(Protocol):
         ...
 
     def touch(self, model_id: ModelId, now_ms: int) -> None:
-        """A request uses the copy. On the path of every request: O(1)."""
+        """A request used the copy at `now_ms`; a use before the last one changes nothing. On the path of every
+        request: O(1)."""
         ...
 
     def remove(self, model_id: ModelId) -> None:
         """The copy is no longer a candidate; unknown ids are fine."""
         ...
 
-    def coldest(self) -> Iterator[ModelId]:
-        """Candidates, first to go first. The policy must not change while it is walked."""
+    def coldest(self) -> Generator[ModelId, None, None]:
+        """Candidates, first to go first. Whoever walks closes it; until then the policy must not change."""
         ...
 
     def oldest_used_ms(self) -> int:

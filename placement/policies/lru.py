@@ -8,7 +8,7 @@ timestamp, and stale entries are pushed down again when they surface. Touch O(1)
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from placement.records import ModelId
 
@@ -37,7 +37,7 @@ class Lru:
         self._used_ms.pop(model_id, None)
         self._sequence.pop(model_id, None)
 
-    def coldest(self) -> Iterator[ModelId]:
+    def coldest(self) -> Generator[ModelId, None, None]:
         walked: list[tuple[int, int, ModelId]] = []
         try:
             while self._settle():

@@ -1,0 +1,179 @@
+"""A pod without a shell: keeps what the engine asked for until a test answers, and checks every step it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import Any
+
+from placement.cache import Copy
+from placement.copies import Limits
+from placement.engine import Engine
+from placement.lifecycle import CopyState
+from placement.messages import (
+    Action,
+    CopyWanted,
+    EnsureLoaded,
+    EstimateSize,
+    Event,
+    LoadFailed,
+    LoadFinished,
+    Publish,
+    SettleVModel,
+    SizeEstimated,
+    StartLoad,
+    StartUnload,
+    UnloadFinished,
+    Unpublish,
+    Wake,
+)
+from placement.policies.lru import Lru
+from placement.records import CopyRecord, CopyStatus, ModelId, ModelRecord, PodId, PodRecord
+from placement.view import ClusterView
+
+START_MS = 1_000_000
+
+
+class Waiter:
+    """Somebody waits for a model's copy to change (`Driver.changed`)."""
+
+    woken = False
+
+
+class Pod:
+    """One engine, and the work it has given out."""
+
+    def __init__(
+        self, capacity_bytes: int = 10, *, pod_id: PodId = "p1", view: ClusterView | None = None, **limits: Any
+    ) -> None:
+        self.view = ClusterView() if view is None else view
+        self.limits = Limits(capacity_bytes, **limits)
+        self.engine = Engine(pod_id, f"{pod_id}:8033", self.limits, self.view, Lru(), Random(1))
+        self.cache = self.engine.cache
+        self.now_ms = START_MS
+        self.estimating: dict[ModelId, ModelRecord] = {}
+        self.loading: dict[ModelId, ModelRecord] = {}
+        self.memory: dict[ModelId, int] = {}
+        """What loaders hold, in true bytes; it goes when an unload has finished."""
+        self.unloading: set[ModelId] = set()
+        self.published: dict[ModelId, CopyRecord] = {}
+        self.wishes: list[EnsureLoaded | SettleVModel] = []
+        self._waiters: dict[ModelId, list[Waiter]] = {}
+
+    # What a test says
+
+    def register(self, *model_ids: ModelId, created: int = 1) -> None:
+        for model_id in model_ids:
+            self.view.apply(model_record(model_id, created))
+
+    def want(self, model_id: ModelId, last_used_ms: int | None = None) -> list[Action]:
+        return self.step(CopyWanted(model_id, self.now_ms if last_used_ms is None else last_used_ms))
+
+    def load(self, model_id: ModelId, size_bytes: int = 1, last_used_ms: int | None = None) -> Copy:
+        """Bring a model to LOADED, registered and estimated right."""
+        if model_id not in self.view.models:
+            self.register(model_id)
+        self.want(model_id, last_used_ms)
+        self.step(SizeEstimated(model_id, size_bytes))
+        self.step(LoadFinished(model_id, size_bytes))
+        assert self.state(model_id) is CopyState.LOADED
+        return self.copy(model_id)
+
+    def queue(self, model_id: ModelId, size_bytes: int = 1) -> list[Action]:
+        """Want a registered model and answer its estimate; what follows from that."""
+        self.want(model_id)
+        return self.step(SizeEstimated(model_id, size_bytes))
+
+    def pinned(self, model_id: ModelId) -> Copy:
+        copy = self.copy(model_id)
+        self.engine.pin(copy)
+        return copy
+
+    def unpin(self, copy: Copy) -> Sequence[Action]:
+        actions = self.engine.unpin(copy, self.now_ms)
+        self.carry_out(actions)
+        return actions
+
+    def wait(self, model_id: ModelId) -> Waiter:
+        waiter = Waiter()
+        self._waiters.setdefault(model_id, []).append(waiter)
+        return waiter
+
+    # What a test asks
+
+    def copy(self, model_id: ModelId) -> Copy:
+        return self.cache.copies[model_id]
+
+    def state(self, model_id: ModelId) -> CopyState:
+        copy = self.cache.copies.get(model_id)
+        return CopyState.GONE if copy is None else copy.state
+
+    def check(self) -> None:
+        """What holds whatever has happened."""
+        self.cache.check()
+        for model_id in self.published.keys() | self.cache.copies.keys():
+            assert _gist(self.published.get(model_id)) == _gist(self.engine.copies.published(model_id))
+        assert not any(self.copy(model_id).pins for model_id in self.unloading)
+        assert set(self.loading) == {m for m in self.cache.copies if self.state(m) is CopyState.LOADING}
+
+    # The shell's part
+
+    def step(self, event: Event) -> list[Action]:
+        match event:
+            case SizeEstimated(model_id, _):
+                self.estimating.pop(model_id)
+            case LoadFinished(model_id, size_bytes):
+                del self.loading[model_id]
+                self.memory[model_id] = size_bytes
+            case LoadFailed(model_id, _, _):
+                assert (self.estimating.pop(model_id, None) or self.loading.pop(model_id, None)) is not None
+            case UnloadFinished(model_id):
+                self.unloading.remove(model_id)
+                del self.memory[model_id]
+        actions = self.engine.step(event, self.now_ms)
+        self.carry_out(actions)
+        return actions
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case EstimateSize(model):
+                    assert model.model_id not in self.estimating
+                    self.estimating[model.model_id] = model
+                case StartLoad(model):
+                    assert model.model_id not in self.loading.keys() | self.memory.keys(), "loaded twice"
+                    assert len(self.loading) < self.limits.load_slots, "more loads than slots"
+                    self.loading[model.model_id] = model
+                case StartUnload(model_id):
+                    assert model_id in self.memory
+                    assert model_id not in self.unloading
+                    self.unloading.add(model_id)
+                case Publish(record):
+                    self.published[record.model_id] = record
+                case Unpublish(model_id):
+                    self.published.pop(model_id, None)
+                case Wake(model_id):
+                    for waiter in self._waiters.pop(model_id, ()):
+                        waiter.woken = True
+                case EnsureLoaded() | SettleVModel():
+                    self.wishes.append(action)
+        self.check()
+
+
+def model_record(model_id: ModelId, created: int = 1) -> ModelRecord:
+    return ModelRecord(model_id, "synthetic", f"/models/{model_id}", revision=created, created=created)
+
+
+def peer(pod_id: PodId, **members: Any) -> PodRecord:
+    return PodRecord(**{"pod_id": pod_id, "address": f"{pod_id}:8033", "capacity_bytes": 10, **members})
+
+
+def held(pod_id: PodId, model_id: ModelId, status: CopyStatus = CopyStatus.LOADED, **members: Any) -> CopyRecord:
+    return CopyRecord(model_id, pod_id, status, **members)
+
+
+def _gist(record: CopyRecord | None) -> object:
+    """What others decide by; times and estimates may be as old as the last change of status."""
+    if record is None:
+        return None
+    return record.status, record.error, record.size_bytes if record.status is CopyStatus.LOADED else 0
