@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from mesh.driver import Driver
 from mesh.local_cluster import LocalPod, ready
 from tests.mesh.client import Client
 from tests.mesh.models import write_classifier, write_repository
+from tests.mesh.pods import Loads, watch_loads
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +49,11 @@ def pod(tmp_path_factory: pytest.TempPathFactory, repository: Path, pod_settings
 async def client(pod: LocalPod) -> AsyncIterator[Client]:
     async with Client(pod.address) as connected:
         yield connected
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+    """The loads of all pods in this process."""
+    seen = Loads()
+    monkeypatch.setattr(Driver, "_load_model", watch_loads(seen, Driver._load_model))
+    return seen
