@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from http.server import ThreadingHTTPServer
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Histogram, MetricsHandler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -17,6 +20,9 @@ from placement.engine import Engine
 from placement.lifecycle import CopyState
 
 _BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+_POLL_S: Final = 0.1
+"""How often the server looks whether it should end (start_http_server: every half second)."""
 
 
 class Metrics(Collector):
@@ -83,13 +89,20 @@ class Metrics(Collector):
         yield models
 
 
+class _Server6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 def serve(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:
     """Serve /metrics from a thread; the port that was taken, and what stops it.
 
     Raises:
         OSError: the port cannot be bound.
     """
-    server, thread = start_http_server(port, host, metrics.registry)
+    handler = MetricsHandler.factory(metrics.registry)
+    server = _Server6((host, port), handler) if ":" in host else ThreadingHTTPServer((host, port), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
+    thread.start()
 
     def close() -> None:
         server.shutdown()

@@ -67,14 +67,14 @@ class VModels:
         for _ in range(_TRIES):
             old = await self._vmodel(request.vModelId)
             known = await self._model(request.targetModelId)
-            if not _allowed(old, request):
-                assert old is not None
+            needed = _allowed(old, request)
+            if known is not None and model is not None:
+                check_alike(known, model)
+            if old is not None and not needed:
                 await self._mirror.caught_up(old.revision)
                 return
             if known is None and model is None:
                 raise ModelNotFound(f"targetModelId {request.targetModelId!r} is not registered")
-            if known is not None and model is not None:
-                check_alike(known, model)
             active = request.targetModelId if self._at_once(old, request) or old is None else old.active
             new = VModelRecord(
                 request.vModelId, active, request.targetModelId, owner=old.owner if old else request.owner

@@ -10,9 +10,10 @@ import pytest
 
 from mesh.driver import Driver
 from mesh.local_cluster import LocalPod, ready
+from mesh.registry import open_registry
 from tests.mesh.client import Client
 from tests.mesh.models import write_classifier, write_repository
-from tests.mesh.pods import Loads, watch_loads
+from tests.mesh.pods import Loads, Mesh, watch_loads
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,22 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
     seen = Loads()
     monkeypatch.setattr(Driver, "_load_model", watch_loads(seen, Driver._load_model))
     return seen
+
+
+@pytest.fixture(params=["memory", "etcd"])
+async def mesh(request: pytest.FixtureRequest, loads: Loads) -> AsyncIterator[Mesh]:
+    """One pod, `a`, on each registry."""
+    alone = Mesh(loads)
+    registry = open_registry(request.getfixturevalue("etcd_url")) if request.param == "etcd" else None
+    try:
+        await alone.start("a", registry)
+        yield alone
+    finally:
+        await alone.close()
+        if registry is not None:
+            await registry.close()
+
+
+@pytest.fixture
+def a(mesh: Mesh) -> Client:
+    return mesh.clients["a"]

@@ -4,37 +4,17 @@ model-mesh.proto and its comments)."""
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from loaders.base import LoaderError
-from mesh.registry import open_registry
 from protos import management_pb2 as mm
 from tests.mesh.client import Client
 from tests.mesh.pods import Loads, Mesh, until
 
 Status = mm.ModelStatusInfo
 HOUR_MS = 3_600_000
-
-
-@pytest.fixture(params=["memory", "etcd"])
-async def mesh(request: pytest.FixtureRequest, loads: Loads) -> AsyncIterator[Mesh]:
-    alone = Mesh(loads)
-    registry = open_registry(request.getfixturevalue("etcd_url")) if request.param == "etcd" else None
-    try:
-        await alone.start("a", registry)
-        yield alone
-    finally:
-        await alone.close()
-        if registry is not None:
-            await registry.close()
-
-
-@pytest.fixture
-def client(mesh: Mesh) -> Client:
-    return mesh.clients["a"]
 
 
 def registration(model_id: str = "m", *, path: str = "", key: str = "", **how: Any) -> mm.RegisterModelRequest:
@@ -47,18 +27,18 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-async def test_registering_again_alike_changes_nothing(mesh: Mesh, client: Client) -> None:
+async def test_registering_again_alike_changes_nothing(mesh: Mesh, a: Client) -> None:
     for _ in range(2):
-        assert (await client.call("registerModel", registration())).status == Status.NOT_LOADED
+        assert (await a.call("registerModel", registration())).status == Status.NOT_LOADED
     before = mesh.pods["a"].engine.view.models["m"].revision
-    await client.call("registerModel", registration(lastUsedTime=5))
+    await a.call("registerModel", registration(lastUsedTime=5))
     assert mesh.pods["a"].engine.view.models["m"].revision == before
 
 
 @pytest.mark.parametrize("other", [{"path": "/elsewhere"}, {"key": '{"parameters":{"infer_ms":1}}'}])
-async def test_registering_with_other_attributes_already_exists(client: Client, other: dict[str, str]) -> None:
-    await client.call("registerModel", registration())
-    status, message = await client.refusal("registerModel", registration(**other))
+async def test_registering_with_other_attributes_already_exists(a: Client, other: dict[str, str]) -> None:
+    await a.call("registerModel", registration())
+    status, message = await a.refusal("registerModel", registration(**other))
     assert status == "ALREADY_EXISTS"
     assert "'m'" in message
 
@@ -68,9 +48,9 @@ async def test_registering_with_other_attributes_already_exists(client: Client, 
     [(0, False, 6 * HOUR_MS), (0, True, HOUR_MS), (1_000, False, None), ((1 << 64) - 1, False, 0)],
     ids=["default", "default with loadNow", "as asked", "a future time counts as now"],
 )
-async def test_last_used_time(mesh: Mesh, client: Client, asked_ms: int, load_now: bool, age_ms: int | None) -> None:
+async def test_last_used_time(mesh: Mesh, a: Client, asked_ms: int, load_now: bool, age_ms: int | None) -> None:
     before = now_ms()
-    await client.call("registerModel", registration(lastUsedTime=asked_ms, loadNow=load_now))
+    await a.call("registerModel", registration(lastUsedTime=asked_ms, loadNow=load_now))
     found = mesh.pods["a"].engine.view.models["m"].last_used_ms
     if age_ms is None:
         assert found == asked_ms
@@ -78,32 +58,32 @@ async def test_last_used_time(mesh: Mesh, client: Client, asked_ms: int, load_no
         assert before - age_ms <= found <= now_ms() - age_ms
 
 
-async def test_load_now_starts_a_load_and_sync_waits_for_it(mesh: Mesh, client: Client, loads: Loads) -> None:
+async def test_load_now_starts_a_load_and_sync_waits_for_it(mesh: Mesh, a: Client, loads: Loads) -> None:
     gate = loads.hold("m")
-    assert (await client.call("registerModel", registration(loadNow=True))).status in (
+    assert (await a.call("registerModel", registration(loadNow=True))).status in (
         Status.NOT_LOADED,
         Status.LOADING,
     )
     await loads.begun()
     assert (await mesh.status("m")).status == Status.LOADING
     gate.set()
-    told = await client.call("registerModel", registration(loadNow=True, sync=True))
+    told = await a.call("registerModel", registration(loadNow=True, sync=True))
     assert told.status == Status.LOADED
     assert [(copy.location, copy.copyStatus) for copy in told.modelCopyInfos] == [("a", Status.LOADED)]
     assert abs(told.modelCopyInfos[0].time - now_ms()) < 60_000
     assert loads.count("m") == 1
 
 
-async def test_sync_without_load_now_does_not_load(client: Client) -> None:
-    assert (await client.call("registerModel", registration(sync=True))).status == Status.NOT_LOADED
+async def test_sync_without_load_now_does_not_load(a: Client) -> None:
+    assert (await a.call("registerModel", registration(sync=True))).status == Status.NOT_LOADED
 
 
-async def test_a_failed_load_is_a_status_with_the_loaders_reason(mesh: Mesh, client: Client, loads: Loads) -> None:
+async def test_a_failed_load_is_a_status_with_the_loaders_reason(mesh: Mesh, a: Client, loads: Loads) -> None:
     loads.failures["a"] = LoaderError("no such thing")
-    told = await client.call("registerModel", registration(loadNow=True, sync=True))
+    told = await a.call("registerModel", registration(loadNow=True, sync=True))
     assert told.status == Status.LOADING_FAILED
     assert "no such thing" in told.errors[0]
-    told = await client.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True))
+    told = await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True))
     assert (told.status, loads.count("m")) == (Status.LOADING_FAILED, 1)
     assert "no such thing" in told.errors[0]
     told = await mesh.status("m")
@@ -114,65 +94,65 @@ async def test_the_status_of_no_model_is_not_found(mesh: Mesh) -> None:
     assert (await mesh.status("nobody")).status == Status.NOT_FOUND
 
 
-async def test_unregister_unloads_and_is_a_no_op_for_no_model(mesh: Mesh, client: Client) -> None:
+async def test_unregister_unloads_and_is_a_no_op_for_no_model(mesh: Mesh, a: Client) -> None:
     await mesh.register("m", load=True)
     for _ in range(2):
         await mesh.unregister("m")
         assert (await mesh.status("m")).status == Status.NOT_FOUND
-    assert (await client.refusal("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True)))[0] == "NOT_FOUND"
+    assert (await a.refusal("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True)))[0] == "NOT_FOUND"
     await until(lambda: not mesh.pods["a"].engine.cache.copies)
 
 
-async def test_a_model_that_a_vmodel_points_to_is_not_unregistered(mesh: Mesh, client: Client) -> None:
+async def test_a_model_that_a_vmodel_points_to_is_not_unregistered(mesh: Mesh, a: Client) -> None:
     await mesh.register("m")
-    await client.call("setVModel", mm.SetVModelRequest(vModelId="v", targetModelId="m"))
-    status, message = await client.refusal("unregisterModel", mm.UnregisterModelRequest(modelId="m"))
+    await a.call("setVModel", mm.SetVModelRequest(vModelId="v", targetModelId="m"))
+    status, message = await a.refusal("unregisterModel", mm.UnregisterModelRequest(modelId="m"))
     assert (status, "has referents" in message) == ("FAILED_PRECONDITION", True)
-    await client.call("deleteVModel", mm.DeleteVModelRequest(vModelId="v"))
+    await a.call("deleteVModel", mm.DeleteVModelRequest(vModelId="v"))
     await mesh.unregister("m")
 
 
-async def test_ensure_loaded_loads_and_touches(mesh: Mesh, client: Client, loads: Loads) -> None:
+async def test_ensure_loaded_loads_and_touches(mesh: Mesh, a: Client, loads: Loads) -> None:
     await mesh.register("m")
     await mesh.register("n", load=True)
     policy = mesh.pods["a"].engine.cache.policy
-    assert (await client.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True))).status == Status.LOADED
+    assert (await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True))).status == Status.LOADED
     assert list(policy.coldest()) == ["n", "m"]  # n was used an hour ago, m now
-    await client.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="n", sync=True))
+    await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="n", sync=True))
     assert list(policy.coldest()) == ["m", "n"]
     assert [model for _, model in loads.seen] == ["n", "m"]
 
 
-async def test_ensure_loaded_without_sync_answers_at_once(mesh: Mesh, client: Client, loads: Loads) -> None:
+async def test_ensure_loaded_without_sync_answers_at_once(mesh: Mesh, a: Client, loads: Loads) -> None:
     await mesh.register("m")
     gate = loads.hold("m")
-    assert (await client.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m"))).status != Status.LOADED
+    assert (await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m"))).status != Status.LOADED
     await loads.begun()
     gate.set()
-    told = await client.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True))
+    told = await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True))
     assert (told.status, loads.count("m")) == (Status.LOADED, 1)
 
 
-async def test_ensure_loaded_with_a_time_long_ago_pushes_nobody_out(mesh: Mesh, client: Client) -> None:
+async def test_ensure_loaded_with_a_time_long_ago_pushes_nobody_out(mesh: Mesh, a: Client) -> None:
     await mesh.register("old")
     await mesh.register("m", load=True)
-    await client.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="old", lastUsedTime=1_000, sync=True))
+    await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="old", lastUsedTime=1_000, sync=True))
     assert list(mesh.pods["a"].engine.cache.policy.coldest()) == ["old", "m"]
 
 
 @pytest.mark.parametrize("kind", ["mt:synthetic", "mt:synthetic:1", "mt:synthetic|pv:grpc-v2"])
-async def test_the_controllers_model_types_are_understood(client: Client, kind: str) -> None:
+async def test_the_controllers_model_types_are_understood(a: Client, kind: str) -> None:
     # research/modelmesh.md: ModelInfo.type as the ModelMesh controller writes it
     info = mm.ModelInfo(type=kind, path="", key='{"disk_size_bytes":4,"storage_key":"s"}')
     request = mm.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True)
-    assert (await client.call("registerModel", request)).status == Status.LOADED
+    assert (await a.call("registerModel", request)).status == Status.LOADED
 
 
-async def test_the_state_lists_pods_models_and_fates(mesh: Mesh, client: Client) -> None:
+async def test_the_state_lists_pods_models_and_fates(mesh: Mesh, a: Client) -> None:
     await mesh.register("m", load=True, size_bytes=1000)
     await mesh.register("n")
     await mesh.infer("m")
-    state = await client.call("GetState", mm.GetStateRequest(models=True))
+    state = await a.call("GetState", mm.GetStateRequest(models=True))
     (pod,) = state.pods
     assert (state.pod_id, pod.pod_id, pod.models_loaded, pod.used_bytes) == ("a", "a", 1, 1000)
     assert [(model.model_id, model.status.status) for model in state.models] == [
