@@ -126,8 +126,9 @@ class ClusterView:
             for model_id, model in self.models.items()
             if model_id not in models or not same_contents(model, models[model_id])
         ]
-        for model_id in self._sizes.keys() - models.keys():
-            self._forget_size(model_id)
+        for model_id, (registration, _) in list(self._sizes.items()):
+            if model_id not in models or models[model_id].created != registration:
+                self._forget_size(model_id)
         self.models, self.vmodels, self.pods, self._copies = {}, {}, {}, {}
         self.in_transition.clear()
         for record in records:
