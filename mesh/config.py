@@ -73,6 +73,7 @@ class Config:
     load_slots: int = _setting(2, "Models that load at once.")
     run_threads: int = _setting(os.cpu_count() or 1, "Threads that run models.")
     allow_code: str = _setting("", f"Files that may run their author's code: any of {','.join(_CODE)}.")
+    preload: str = _setting("", "Formats whose framework is imported before serving, e.g. onnx,sklearn.")
     max_message: str = _setting("64MiB", "Largest request accepted.")
     request_timeout_s: float = _setting(120.0, "Deadline of requests that come without one.")
     drain_timeout_s: float = _setting(20.0, "How long running requests may go on at shutdown.")
@@ -89,7 +90,11 @@ class Config:
 
     @property
     def allowed_code(self) -> frozenset[str]:
-        return frozenset(filter(None, (name.strip() for name in self.allow_code.split(","))))
+        return _names(self.allow_code)
+
+    @property
+    def preloaded(self) -> frozenset[str]:
+        return _names(self.preload)
 
     def validate(self) -> str | None:
         """The first sentence that is wrong with this configuration; None: it is fine."""
@@ -116,6 +121,8 @@ class Config:
             return f"--policy: expected one of {', '.join(POLICIES)}, found {self.policy!r}"
         if unknown := self.allowed_code - set(_CODE):
             return f"--allow-code: expected any of {', '.join(_CODE)}, found {sorted(unknown)[0]!r}"
+        if unknown := self.preloaded - set(LOADERS):
+            return f"--preload: expected any of {', '.join(sorted(LOADERS))}, found {sorted(unknown)[0]!r}"
         if self.pod_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", self.pod_id):
             return f"--pod-id: expected up to 63 letters, digits, dots, dashes, underscores, found {self.pod_id!r}"
         if self.advertise and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", self.advertise):
@@ -125,6 +132,11 @@ class Config:
         if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             return f"--log-level: expected DEBUG, INFO, WARNING or ERROR, found {self.log_level!r}"
         return None
+
+
+def _names(text: str) -> frozenset[str]:
+    """A comma-separated list."""
+    return frozenset(filter(None, (name.strip() for name in text.split(","))))
 
 
 def reachable_host(host: str, registry: str) -> str:

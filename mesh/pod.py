@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import Final, TypeVar
 
+from loaders import loader_for
+from loaders.base import LoaderError
 from mesh import metrics, reflection
 from mesh.config import Config, reachable_host
 from mesh.directory import Directory
@@ -145,6 +147,7 @@ class Pod:
             lambda: metrics.serve(observed, config.host, config.metrics_port),
         )
         try:
+            await asyncio.to_thread(_preload, config.preloaded)
             await _until_registry(mirror.load)
             publishing = tasks.create_task(publisher.run())
             for work in (mirror.run(), driver.tick()):
@@ -195,6 +198,15 @@ def _open(url: str) -> Registry:
         return open_registry(url)
     except (ValueError, OSError) as error:
         raise CannotStart(f"--registry: {error}") from None
+
+
+def _preload(formats: Iterable[str]) -> None:
+    """Import frameworks, which may take seconds, before the first request could wait for it."""
+    for name in sorted(formats):
+        try:
+            loader_for(name)
+        except LoaderError as error:
+            raise CannotStart(f"--preload {name}: {error}") from None
 
 
 def _join(host: str, port: int) -> str:
