@@ -46,6 +46,8 @@ class GrpcioClient:
         self, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
     ) -> tuple[bytes, Mapping[str, str]]:
         peer = self._peers.get(address)
+        if not address:  # which grpcio would call an UNKNOWN error of the call
+            raise PodUnavailable("the pod has no address")
         if peer is None:
             peer = self._peers[address] = _Peer(grpc.aio.insecure_channel(address, options=_OPTIONS))
         timeout_s = max(0.001, deadline - asyncio.get_running_loop().time())

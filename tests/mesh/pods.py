@@ -17,7 +17,8 @@ from mesh.driver import Driver, Resident
 from mesh.pod import Pod
 from mesh.registry.base import Change, Commit, Entry, Registry, RegistryError, Session, Snapshot
 from mesh.registry.memory import MemoryRegistry, MemorySession, MemoryStore
-from placement.records import ModelRecord
+from placement.lifecycle import CopyState
+from placement.records import CopyStatus, ModelRecord
 from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.mesh.client import Client
@@ -56,7 +57,7 @@ class TroubledRegistry(MemoryRegistry):
 
     async def open_session(self, ttl_s: float) -> Session:
         self._reach()
-        session = MemorySession(self.store)
+        session = Lease(self)
         self.sessions.append(session)
         return session
 
@@ -64,6 +65,23 @@ class TroubledRegistry(MemoryRegistry):
         async for changes in super().watch(after):
             await self.watching.wait()
             yield changes
+
+
+class Lease(MemorySession):
+    """Outlives a pod that cannot reach the store any more, until it is expired."""
+
+    def __init__(self, registry: TroubledRegistry) -> None:
+        super().__init__(registry.store)
+        self._registry = registry
+
+    async def put(self, key: str, value: bytes) -> None:
+        if not self._registry.reachable:
+            raise RegistryError("out of reach")
+        await super().put(key, value)
+
+    async def close(self) -> None:
+        if self._registry.reachable:
+            await super().close()
 
 
 class Loads:
@@ -132,16 +150,24 @@ class Mesh:
         """Return when every pod knows all the others."""
         await until(lambda: all(self.pods.keys() <= pod.engine.view.pods.keys() for pod in self.pods.values()))
 
-    async def stop(self, pod_id: str) -> None:
-        """Drain a pod."""
-        self.pods.pop(pod_id).stop()
-        await self._tasks.pop(pod_id)
+    async def stop(self, *pod_ids: str) -> None:
+        """Drain pods."""
+        for pod_id in pod_ids:
+            self.pods.pop(pod_id).stop()
+        await asyncio.gather(*(self._tasks.pop(pod_id) for pod_id in pod_ids))
+
+    async def crash(self, pod_id: str) -> None:
+        """End a pod at once; its lease, and what it published, stays."""
+        self.registries[pod_id].reachable = False
+        del self.pods[pod_id]
+        task = self._tasks.pop(pod_id)
+        task.cancel()
+        await asyncio.wait([task])
 
     async def close(self) -> None:
         for client in self.clients.values():
             await client.channel.close()
-        for pod_id in list(self.pods):
-            await self.stop(pod_id)
+        await self.stop(*self.pods)
 
     async def register(self, model_id: str, pod_id: str = "a", *, load: bool = False, **settings: Any) -> Any:
         """Register a synthetic model; with `load`, wait until it is loaded."""
@@ -160,6 +186,20 @@ class Mesh:
 
     async def status(self, model_id: str, pod_id: str = "a") -> Any:
         return await self.clients[pod_id].call("getModelStatus", mm.GetStatusRequest(modelId=model_id))
+
+    def holders(self, model_id: str) -> list[str]:
+        """The pods on which the model is loaded."""
+        copies = ((pod_id, pod.engine.cache.copies.get(model_id)) for pod_id, pod in self.pods.items())
+        return [pod_id for pod_id, copy in copies if copy is not None and copy.state is CopyState.LOADED]
+
+    async def seen_by_all(self, model_id: str, holder: str) -> None:
+        """Return when every pod knows that the holder has the model loaded."""
+
+        def seen(pod: Pod) -> bool:
+            copy = pod.engine.view.copies(model_id).get(holder)
+            return copy is not None and copy.status is CopyStatus.LOADED
+
+        await until(lambda: all(map(seen, self.pods.values())))
 
     def pins(self) -> int:
         return sum(copy.pins for pod in self.pods.values() for copy in pod.engine.cache.copies.values())
