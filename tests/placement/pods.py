@@ -12,6 +12,7 @@ from placement.engine import Engine
 from placement.lifecycle import CopyState
 from placement.messages import (
     Action,
+    CopyUnwanted,
     CopyWanted,
     EnsureLoaded,
     EstimateSize,
@@ -84,6 +85,33 @@ class Pod:
         self.want(model_id)
         return self.step(SizeEstimated(model_id, size_bytes))
 
+    def pin_loaded(self, model_id: ModelId, size_bytes: int) -> Copy:
+        self.load(model_id, size_bytes)
+        return self.pinned(model_id)
+
+    def finish(self, model_id: ModelId, size_bytes: int) -> list[Action]:
+        return self.step(LoadFinished(model_id, size_bytes))
+
+    def unload(self, model_id: ModelId) -> list[Action]:
+        return self.step(UnloadFinished(model_id))
+
+    def give_up(self, model_id: ModelId) -> None:
+        self.step(CopyUnwanted(model_id))
+        self.unload(model_id)
+
+    def settle(self) -> None:
+        """Answer all work and release all pins, until there is none."""
+        for copy in list(self.cache.copies.values()):
+            while copy.pins:
+                self.unpin(copy)
+        while self.estimating or self.loading or self.unloading:
+            for model_id in list(self.estimating):
+                self.step(SizeEstimated(model_id, 2))
+            for model_id in list(self.loading):
+                self.finish(model_id, 2)
+            for model_id in list(self.unloading):
+                self.unload(model_id)
+
     def pinned(self, model_id: ModelId) -> Copy:
         copy = self.copy(model_id)
         self.engine.pin(copy)
@@ -100,6 +128,9 @@ class Pod:
         return waiter
 
     # What a test asks
+
+    def started(self, model_id: ModelId) -> StartLoad:
+        return StartLoad(self.view.models[model_id])
 
     def copy(self, model_id: ModelId) -> Copy:
         return self.cache.copies[model_id]
@@ -161,7 +192,7 @@ class Pod:
 
 
 def model_record(model_id: ModelId, created: int = 1) -> ModelRecord:
-    return ModelRecord(model_id, "synthetic", f"/models/{model_id}", revision=created, created=created)
+    return ModelRecord(model_id, "synthetic", f"/models/{model_id}/{created}", revision=created, created=created)
 
 
 def peer(pod_id: PodId, **members: Any) -> PodRecord:

@@ -1,0 +1,423 @@
+"""What each event does to a copy in each state: room, failures, removals, registrations anew (issue 2, part 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from placement.lifecycle import CopyState, IllegalMove
+from placement.messages import (
+    CopyUnwanted,
+    CopyWanted,
+    EstimateSize,
+    LoadFailed,
+    LoadFinished,
+    Publish,
+    SizeEstimated,
+    StartLoad,
+    StartUnload,
+    Tick,
+    UnloadFinished,
+    Unpublish,
+    Wake,
+)
+from placement.records import CopyRecord, CopyStatus
+from tests.placement.pods import START_MS, Pod, model_record
+
+
+@pytest.fixture
+def pod() -> Pod:
+    pod = Pod()
+    pod.register(*"abcdef")
+    return pod
+
+
+# The way of a copy, and its words
+
+
+def test_the_whole_way(pod: Pod) -> None:
+    loading = CopyRecord("a", "p1", CopyStatus.LOADING, START_MS, registration=1)
+    assert pod.want("a") == [Publish(loading), EstimateSize(model_record("a"))]
+    assert pod.step(SizeEstimated("a", 4)) == [StartLoad(model_record("a"))]
+    loaded = CopyRecord("a", "p1", CopyStatus.LOADED, START_MS, 5, registration=1)
+    assert pod.finish("a", 5) == [Publish(loaded), Wake("a")]
+    assert pod.step(CopyUnwanted("a")) == [Unpublish("a"), Wake("a"), StartUnload("a")]
+    assert pod.step(UnloadFinished("a")) == [Wake("a")]
+    assert not pod.cache.copies
+    stats = pod.engine.stats
+    assert (stats.loads_finished, stats.loads_failed, stats.evictions) == (1, 0, 0)
+
+
+def test_a_copy_is_not_evicted_while_pinned_and_its_last_release_makes_room(pod: Pod) -> None:
+    copy = pod.load("a", 8)
+    pod.engine.pin(copy)
+    pod.engine.pin(copy)
+    pod.queue("b", 5)
+    assert pod.state("b") is CopyState.QUEUED
+    assert not pod.unpin(copy)
+    assert pod.unpin(copy) == [Unpublish("a"), Wake("a"), StartUnload("a")]
+    assert pod.engine.stats.evictions == 1
+
+
+def test_unpinning_what_nobody_pinned_is_a_bug(pod: Pod) -> None:
+    copy = pod.load("a")
+    with pytest.raises(AssertionError):
+        pod.unpin(copy)
+
+
+def test_who_waits_may_go_without_harm_in_any_state(pod: Pod) -> None:
+    """A request's deadline ends while its copy is on the way: the copy goes on without it."""
+    pod.want("a")
+    copy = pod.copy("a")
+    for advance in (lambda: None, lambda: pod.step(SizeEstimated("a", 1)), lambda: pod.finish("a", 1)):
+        pod.engine.pin(copy)
+        advance()
+        assert not pod.unpin(copy)
+    assert pod.state("a") is CopyState.LOADED
+
+
+def test_what_was_measured_is_promised_the_next_time(pod: Pod) -> None:
+    pod.queue("a", 2)
+    pod.finish("a", 7)
+    pod.give_up("a")
+    pod.queue("a", 2)
+    assert pod.cache.bytes_in(CopyState.LOADING) == 7
+
+
+# Room
+
+
+def test_copies_that_need_more_than_pins_leave_are_overtaken(pod: Pod) -> None:
+    pod.pin_loaded("a", 6)
+    for model_id, size_bytes in [("b", 6), ("c", 5), ("d", 5), ("e", 3), ("f", 3)]:
+        pod.queue(model_id, size_bytes)
+    assert set(pod.loading) == {"e"}
+    pod.finish("e", 3)
+    assert pod.unloading == {"e"}, "the only one that may go"
+    assert pod.state("f") is CopyState.WAITING
+
+
+def test_the_queue_is_in_order_of_arrival_not_of_estimates() -> None:
+    pod = Pod(load_slots=1)
+    pod.register(*"abc")
+    for model_id in "abc":
+        pod.want(model_id)
+    pod.step(SizeEstimated("c", 1))
+    pod.step(SizeEstimated("b", 1))
+    pod.step(SizeEstimated("a", 1))
+    assert set(pod.loading) == {"c"}
+    pod.finish("c", 1)
+    assert set(pod.loading) == {"a"}
+
+
+def test_a_model_of_no_bytes(pod: Pod) -> None:
+    pod.load("a", 0)
+    pod.load("b", 10)
+    pod.load("c", 0)
+    assert pod.cache.count(CopyState.LOADED) == 3
+
+
+def test_a_model_that_fills_the_pod(pod: Pod) -> None:
+    for model_id in "abc":
+        pod.load(model_id, 3)
+    pod.queue("d", 10)
+    assert pod.unloading == {"a", "b", "c"}
+    for model_id in "abc":
+        assert not pod.loading
+        pod.step(UnloadFinished(model_id))
+    assert set(pod.loading) == {"d"}
+
+
+# Larger than estimated
+
+
+def test_nothing_starts_while_more_is_in_memory_than_the_books_say(pod: Pod) -> None:
+    """Estimates promised 5 + 5; 7 are there. To load the other 5 on top would exceed the pod's memory."""
+    pod.load("x", 5)
+    pod.queue("a", 5)
+    pod.queue("b", 5)
+    assert pod.state("b") is CopyState.WAITING
+    pod.finish("a", 7)
+    pod.step(UnloadFinished("x"))
+    assert not pod.loading
+    pod.now_ms += pod.limits.room_patience_ms
+    pod.step(Tick())
+    assert pod.unloading == {"a"}
+    assert set(pod.loading) == {"b"}
+
+
+def test_a_copy_too_large_for_what_pins_leave_waits_then_gives_way(pod: Pod) -> None:
+    held = pod.pin_loaded("x", 6)
+    pod.queue("a", 4)
+    pod.finish("a", 5)
+    pod.now_ms += pod.limits.room_patience_ms - 1
+    pod.step(Tick())
+    assert pod.state("a") is CopyState.SIZING
+    pod.now_ms += 1
+    pod.step(Tick())
+    assert pod.unloading == {"a"}
+    pod.step(UnloadFinished("a"))
+    assert pod.published["a"].status is CopyStatus.FAILED
+    assert pod.published["a"].retryable
+    assert "loaded as 5 bytes instead of 4" in pod.published["a"].error
+    pod.unpin(held)
+
+
+def test_a_copy_too_large_for_what_pins_leave_settles_when_they_go(pod: Pod) -> None:
+    held = pod.pin_loaded("x", 6)
+    pod.queue("a", 4)
+    pod.finish("a", 5)
+    pod.unpin(held)
+    pod.step(UnloadFinished("x"))
+    assert pod.state("a") is CopyState.LOADED
+
+
+@pytest.mark.parametrize("order", ["bc", "cb"])
+def test_loads_that_turn_out_larger_do_not_wait_for_each_other_for_good(pod: Pod, order: str) -> None:
+    """With a small loaded copy beside them that could go but does not suffice (a dead-lock, once)."""
+    pod.load("a", 1)
+    pod.queue("b", 4)
+    pod.queue("c", 4)
+    for model_id in order:
+        pod.finish(model_id, 7)
+    assert pod.cache.count(CopyState.SIZING) == 2
+    pod.now_ms += pod.limits.room_patience_ms
+    pod.step(Tick())
+    pod.step(UnloadFinished(order[0]))
+    assert pod.state(order[1]) is CopyState.LOADED
+
+
+def test_one_that_turns_out_smaller_makes_room_for_one_that_waits(pod: Pod) -> None:
+    pod.queue("a", 5)
+    pod.queue("b", 5)
+    pod.finish("a", 6)
+    pod.now_ms += pod.limits.room_patience_ms
+    pod.finish("b", 3)
+    assert pod.state("a") is pod.state("b") is CopyState.LOADED
+
+
+def test_measured_larger_than_the_pod(pod: Pod) -> None:
+    pod.queue("a", 5)
+    copy = pod.pinned("a")
+    assert pod.finish("a", 11) == [Unpublish("a"), Wake("a")]
+    assert pod.unpin(copy) == [StartUnload("a")]
+    pod.step(UnloadFinished("a"))
+    assert pod.published["a"].error == "needs 11 bytes; this pod holds 10 bytes"
+    assert not pod.published["a"].retryable
+
+
+def test_a_copy_given_up_as_too_large_is_not_wanted_again_by_itself(pod: Pod) -> None:
+    """Wanted while it unloads: the failure is told to who waits, and nothing comes back when it expires."""
+    pod.queue("a", 5)
+    pod.finish("a", 11)
+    pod.want("a")
+    pod.step(UnloadFinished("a"))
+    assert pod.state("a") is CopyState.FAILED
+    pod.now_ms += pod.limits.failure_expiry_ms
+    pod.step(Tick())
+    assert not pod.cache.copies
+
+
+# Failures
+
+
+@pytest.mark.parametrize("when", ["estimate", "load"])
+@pytest.mark.parametrize(("retryable", "expiry_ms"), [(False, 60_000), (True, 5_000)])
+def test_a_failure_is_told_remembered_and_forgotten(pod: Pod, when: str, retryable: bool, expiry_ms: int) -> None:
+    pod.want("a")
+    if when == "load":
+        pod.step(SizeEstimated("a", 4))
+    failed = CopyRecord("a", "p1", CopyStatus.FAILED, START_MS, 0, "corrupt", retryable, 1)
+    assert pod.step(LoadFailed("a", "corrupt", retryable)) == [Publish(failed), Wake("a")]
+    assert pod.cache.committed_bytes == 0
+    pod.now_ms += expiry_ms - 1
+    assert not pod.step(Tick())
+    pod.now_ms += 1
+    assert pod.step(Tick()) == [Unpublish("a"), Wake("a")]
+    assert pod.state("a") is CopyState.GONE
+    assert pod.engine.stats.loads_failed == 1
+
+
+def test_wanting_a_failed_copy_does_not_load_it_before_its_expiry(pod: Pod) -> None:
+    pod.want("a")
+    pod.step(LoadFailed("a", "corrupt", False))
+    assert not pod.want("a")
+    assert pod.state("a") is CopyState.FAILED
+
+
+# The model is removed, or registered anew, in each state
+
+
+def _queued(pod: Pod) -> None:
+    pod.want("a")
+
+
+def _estimated(pod: Pod) -> None:
+    pod.pin_loaded("x", 10)
+    pod.queue("a", 2)
+
+
+def _waiting(pod: Pod) -> None:
+    pod.load("x", 10)
+    pod.queue("a", 2)
+
+
+def _loading(pod: Pod) -> None:
+    pod.queue("a", 2)
+
+
+def _sizing(pod: Pod) -> None:
+    pod.pin_loaded("x", 8)
+    pod.queue("a", 2)
+    pod.finish("a", 3)
+
+
+def _loaded(pod: Pod) -> None:
+    pod.load("a", 2)
+
+
+def _unloading(pod: Pod) -> None:
+    pod.load("a", 2)
+    pod.step(CopyUnwanted("a"))
+
+
+def _given_up(pod: Pod) -> None:
+    pod.queue("a", 2)
+    pod.finish("a", 11)
+
+
+def _failed(pod: Pod) -> None:
+    pod.queue("a", 2)
+    pod.step(LoadFailed("a", "corrupt", False))
+
+
+_STATES = [
+    (_queued, CopyState.QUEUED, True),
+    (_estimated, CopyState.QUEUED, False),
+    (_waiting, CopyState.WAITING, False),
+    (_loading, CopyState.LOADING, True),
+    (_sizing, CopyState.SIZING, True),
+    (_loaded, CopyState.LOADED, True),
+    (_unloading, CopyState.UNLOADING, True),
+    (_given_up, CopyState.UNLOADING, True),
+    (_failed, CopyState.FAILED, False),
+]
+"""How a copy gets there, and whether something must end before it is gone."""
+
+
+@pytest.mark.parametrize(("bring", "state", "busy"), _STATES)
+def test_removed(pod: Pod, bring: Callable[[Pod], None], state: CopyState, busy: bool) -> None:
+    """Others do not hear of the copy any more, who waits is woken, and it goes as soon as nobody is at work on it."""
+    bring(pod)
+    assert pod.state("a") is state
+    waiter = pod.wait("a")
+    pod.view.remove("models/a")
+    pod.step(CopyUnwanted("a"))
+    assert "a" not in pod.published
+    assert waiter.woken or state is CopyState.UNLOADING, "who waits for an unload is woken when it ends"
+    assert (pod.state("a") is not CopyState.GONE) is busy
+    pod.step(CopyUnwanted("a"))  # again: a resumed watch repeats itself
+    pod.settle()
+    assert pod.state("a") is CopyState.GONE
+    assert waiter.woken
+    assert "a" not in pod.memory
+
+
+@pytest.mark.parametrize(("bring", "state", "busy"), _STATES)
+@pytest.mark.parametrize("wanted_at_once", [True, False])
+def test_registered_anew(
+    pod: Pod, bring: Callable[[Pod], None], state: CopyState, busy: bool, wanted_at_once: bool
+) -> None:
+    """No copy of the old contents serves; the new are loaded from the new record when the old are out of memory."""
+    bring(pod)
+    assert pod.view.apply(model_record("a", created=2)) == "a"
+    pod.step(CopyUnwanted("a"))
+    if wanted_at_once:
+        pod.want("a")
+        assert (pod.estimating.get("a") == model_record("a", 2)) is not busy
+    pod.settle()
+    pod.want("a")
+    assert pod.copy("a").model.created == 2
+    pod.settle()
+    assert pod.state("a") is CopyState.LOADED
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("bring", [_queued, _loading])
+def test_a_doomed_copys_answer_is_not_the_new_registrations(
+    pod: Pod, bring: Callable[[Pod], None], fails: bool
+) -> None:
+    bring(pod)
+    pod.view.apply(model_record("a", created=2))
+    pod.step(CopyUnwanted("a"))
+    if fails:
+        pod.step(LoadFailed("a", "corrupt", False))
+        assert pod.state("a") is CopyState.GONE, "the failure was the old contents'"
+    else:
+        pod.settle()
+    assert pod.view.measured("a") is None, "and so was the size"
+    assert "a" not in pod.published
+
+
+def test_a_pinned_copy_of_a_removed_model_is_unloaded_when_its_request_ends(pod: Pod) -> None:
+    copy = pod.pin_loaded("a", 4)
+    assert pod.step(CopyUnwanted("a")) == [Unpublish("a"), Wake("a")]
+    assert pod.cache.free_bytes == 6
+    assert pod.unpin(copy) == [StartUnload("a")]
+
+
+def test_room_promised_to_a_removed_model_goes_to_the_next(pod: Pod) -> None:
+    pod.load("x", 10)
+    pod.queue("a", 8)
+    pod.queue("b", 8)
+    pod.step(CopyUnwanted("a"))
+    assert pod.state("b") is CopyState.WAITING
+
+
+def test_giving_up_what_is_not_here_is_fine(pod: Pod) -> None:
+    assert not pod.step(CopyUnwanted("a"))
+
+
+# Events that fit no copy's state are bugs of the caller
+
+
+@pytest.mark.parametrize("event", [SizeEstimated("a", 1), LoadFinished("a", 1), UnloadFinished("a")])
+def test_an_answer_for_a_copy_that_is_not_there(pod: Pod, event: SizeEstimated | LoadFinished | UnloadFinished) -> None:
+    with pytest.raises(KeyError):
+        pod.engine.step(event, START_MS)
+
+
+def test_wanting_what_is_not_registered(pod: Pod) -> None:
+    with pytest.raises(KeyError):
+        pod.engine.step(CopyWanted("nobody's", START_MS), START_MS)
+
+
+_EVENTS = [SizeEstimated("a", 1), LoadFinished("a", 1), LoadFailed("a", "x", False), UnloadFinished("a")]
+_EXPECTED: dict[Callable[[Pod], None], set[type]] = {
+    _queued: {SizeEstimated, LoadFailed},
+    _loading: {LoadFinished, LoadFailed},
+    _unloading: {UnloadFinished},
+    _given_up: {UnloadFinished},
+}
+
+
+@pytest.mark.parametrize(
+    ("bring", "event"), [(b, e) for b, _, _ in _STATES for e in _EVENTS if type(e) not in _EXPECTED.get(b, set())]
+)
+def test_an_answer_to_what_was_not_asked(
+    pod: Pod, bring: Callable[[Pod], None], event: SizeEstimated | LoadFinished | LoadFailed | UnloadFinished
+) -> None:
+    bring(pod)
+    before = (repr(pod.engine), repr(pod.copy("a")), repr(pod.engine.stats))
+    with pytest.raises(IllegalMove):
+        pod.engine.step(event, START_MS)
+    assert (repr(pod.engine), repr(pod.copy("a")), repr(pod.engine.stats)) == before
+    pod.check()
+
+
+def test_an_unload_that_waits_for_a_request_cannot_have_finished(pod: Pod) -> None:
+    pod.pin_loaded("a", 4)
+    pod.step(CopyUnwanted("a"))
+    with pytest.raises(IllegalMove):
+        pod.engine.step(UnloadFinished("a"), START_MS)

@@ -1,0 +1,377 @@
+"""`Engine.route`, branch by branch as its docstring numbers them, and what it knows of other pods (design §4)."""
+
+from __future__ import annotations
+
+import pytest
+
+from placement.lifecycle import CopyState
+from placement.messages import (
+    DrainStarted,
+    Forward,
+    Hop,
+    Join,
+    LoadFailed,
+    LoadHere,
+    Refuse,
+    Route,
+    Serve,
+    SizeEstimated,
+    Tick,
+    Why,
+)
+from placement.records import CopyStatus, copy_key, pod_key
+from tests.placement.pods import START_MS, Pod, held, peer
+
+
+@pytest.fixture
+def pod() -> Pod:
+    """An empty pod of 10 bytes that knows the models a to e."""
+    pod = Pod()
+    pod.register(*"abcde")
+    return pod
+
+
+def _route(pod: Pod, model_id: str = "a", hop: Hop = Hop.CLIENT, *exclude: str, used_ms: int | None = None) -> Route:
+    return pod.engine.route(model_id, hop, set(exclude), pod.now_ms, used_ms)
+
+
+def _peers(pod: Pod, *pod_ids: str) -> None:
+    for pod_id in pod_ids:
+        pod.view.apply(peer(pod_id))
+
+
+# 1. A copy is loaded here
+
+
+@pytest.mark.parametrize("hop", Hop)
+def test_1_a_loaded_copy_serves_whoever_asks(pod: Pod, hop: Hop) -> None:
+    copy = pod.load("a")
+    _peers(pod, "p2")
+    pod.view.apply(held("p2", "a"))
+    assert _route(pod, "a", hop) == Serve(copy)
+
+
+def test_1_serving_makes_the_copy_the_last_to_go(pod: Pod) -> None:
+    pod.load("a", last_used_ms=START_MS - 9)
+    pod.load("b", last_used_ms=START_MS - 5)
+    _route(pod, "a")
+    assert list(pod.cache.policy.coldest()) == ["b", "a"]
+
+
+def test_1_a_use_may_lie_back_but_not_ahead(pod: Pod) -> None:
+    """`lastUsedTime` comes from clients and from pods with other clocks; ahead, it would hold the copy for good."""
+    pod.load("a", last_used_ms=START_MS - 9)
+    _route(pod, "a", used_ms=START_MS - 5)
+    assert pod.cache.policy.oldest_used_ms() == START_MS - 5
+    _route(pod, "a", used_ms=START_MS + 60_000)
+    assert pod.cache.policy.oldest_used_ms() == START_MS
+    pod.load("b", last_used_ms=START_MS + 60_000)
+    pod.want("b", START_MS + 60_000)
+    pod.now_ms += 1
+    _route(pod, "a")
+    assert list(pod.cache.policy.coldest()) == ["b", "a"]
+
+
+def test_1_not_if_this_pod_was_tried_in_vain(pod: Pod) -> None:
+    pod.load("a")
+    _peers(pod, "p2")
+    assert _route(pod, "a", Hop.CLIENT, "p1") == Forward("p2", Hop.LOAD_HERE)
+
+
+# 2. From a client, and a copy is loaded elsewhere
+
+
+def test_2_a_holder_is_asked_for_a_hit(pod: Pod) -> None:
+    _peers(pod, "p2", "p3")
+    pod.view.apply(held("p2", "a"))
+    pod.view.apply(held("p3", "a", CopyStatus.FAILED))
+    assert _route(pod) == Forward("p2", Hop.HIT_ONLY)
+
+
+def test_2_a_holder_comes_before_a_load_under_way_here(pod: Pod) -> None:
+    pod.want("a")
+    _peers(pod, "p2")
+    pod.view.apply(held("p2", "a"))
+    assert _route(pod) == Forward("p2", Hop.HIT_ONLY)
+
+
+def test_2_a_draining_holder_still_serves(pod: Pod) -> None:
+    pod.view.apply(peer("p2", draining=True))
+    pod.view.apply(held("p2", "a"))
+    assert _route(pod) == Forward("p2", Hop.HIT_ONLY)
+
+
+def test_2_the_less_busy_holder(pod: Pod) -> None:
+    _peers(pod, "p2", "p3")
+    pod.view.apply(held("p2", "a"))
+    pod.view.apply(held("p3", "a"))
+    pod.engine.forward_started("p2")
+    assert {_route(pod) for _ in range(20)} == {Forward("p3", Hop.HIT_ONLY)}
+    pod.engine.forward_ended("p2", reached=True, now_ms=pod.now_ms)
+    assert len({_route(pod) for _ in range(50)}) == 2
+
+
+@pytest.mark.parametrize("lost", ["excluded", "suspect", "dead", "not told yet", "own record of an earlier life"])
+def test_2_not_a_holder_that_cannot_answer(pod: Pod, lost: str) -> None:
+    if lost != "not told yet":
+        _peers(pod, "p2")
+    pod.view.apply(held("p1" if lost.startswith("own") else "p2", "a"))
+    if lost == "suspect":
+        pod.engine.forward_started("p2")
+        pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
+    if lost == "dead":
+        pod.view.remove(pod_key("p2"))
+    route = _route(pod, "a", Hop.CLIENT, *(["p2"] if lost == "excluded" else []))
+    assert not isinstance(route, Forward) or route.hop is Hop.LOAD_HERE
+
+
+# 3. A copy is on its way here
+
+
+@pytest.mark.parametrize("hop", Hop)
+def test_3_join_a_copy_in_any_state_on_its_way(pod: Pod, hop: Hop) -> None:
+    """Single flight: however many ask, there is one estimate and one load."""
+    pod.load("b", 10)
+    pod.want("a")
+    states = []
+
+    def join() -> None:
+        assert _route(pod, "a", hop) == Join(pod.copy("a"))
+        states.append(pod.state("a"))
+
+    join()
+    pod.step(SizeEstimated("a", 6))
+    join()
+    pod.unload("b")
+    join()
+    pod.queue("c", 4)
+    pod.finish("c", 4)
+    pod.pinned("c")
+    pod.finish("a", 8)
+    join()
+    assert states == [CopyState.QUEUED, CopyState.WAITING, CopyState.LOADING, CopyState.SIZING]
+    assert not pod.estimating
+    assert not pod.loading
+
+
+def test_3_joining_counts_as_use(pod: Pod) -> None:
+    pod.want("a", START_MS - 3_600_000)
+    _route(pod, "a", used_ms=START_MS - 60_000)
+    assert pod.copy("a").used_ms == START_MS - 60_000
+    _route(pod, "a", used_ms=START_MS - 70_000)
+    pod.want("a", START_MS - 80_000)
+    assert pod.copy("a").used_ms == START_MS - 60_000
+
+
+def test_3_many_requests_one_load(pod: Pod) -> None:
+    routes = []
+    for _ in range(100):
+        routes.append(_route(pod))
+        if isinstance(routes[-1], LoadHere):
+            pod.want("a")
+    assert [type(route) for route in routes] == [LoadHere] + [Join] * 99
+    assert list(pod.step(SizeEstimated("a", 1))).count(pod.started("a")) == 1
+    pod.want("a")
+    assert list(pod.loading) == ["a"]
+
+
+# 4. From a client, and a copy is on its way elsewhere
+
+
+def test_4_a_load_under_way_elsewhere_is_joined_there(pod: Pod) -> None:
+    """LOAD_HERE, not HIT_ONLY: should the copy be gone when the request arrives, it is loaded again."""
+    _peers(pod, "p2", "p3")
+    pod.view.apply(held("p3", "a", CopyStatus.LOADING))
+    assert _route(pod) == Forward("p3", Hop.LOAD_HERE)
+    pod.want("a")
+    assert _route(pod) == Join(pod.copy("a")), "here comes before there"
+
+
+# 5. Nobody has it
+
+
+def test_5_here_if_this_pod_has_most_room(pod: Pod) -> None:
+    pod.view.apply(peer("p2", used_bytes=9))
+    assert _route(pod) == LoadHere()
+
+
+def test_5_on_the_pod_that_has(pod: Pod) -> None:
+    pod.view.apply(peer("p2", capacity_bytes=100))
+    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+
+
+def test_5_here_if_a_pod_chose_this_one(pod: Pod) -> None:
+    pod.view.apply(peer("p2", capacity_bytes=100))
+    pod.view.apply(held("p2", "a"))
+    assert _route(pod, "a", Hop.LOAD_HERE) == LoadHere()
+
+
+def test_5_what_was_sent_counts_until_the_pod_speaks_again(pod: Pod) -> None:
+    """kube-scheduler's assume: a burst is not sent to one pod because its record is late."""
+    for model_id in "abc":
+        pod.view.apply(held("gone", model_id, size_bytes=40, registration=1))
+    pod.view.apply(peer("p2", capacity_bytes=100, revision=1))
+    pod.view.apply(peer("p3", capacity_bytes=70, revision=2))
+    assert _route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
+    assert _route(pod, "b") == Forward("p3", Hop.LOAD_HERE)
+    pod.step(Tick())
+    assert _route(pod, "c") == Forward("p2", Hop.LOAD_HERE), "60 are left there, 30 on p3"
+    pod.view.apply(peer("p2", capacity_bytes=100, used_bytes=80, revision=3))
+    pod.view.apply(peer("p3", capacity_bytes=70, used_bytes=0, revision=4))
+    assert _route(pod, "a") == Forward("p3", Hop.LOAD_HERE), "what they say now replaces what was assumed"
+
+
+def test_5_what_did_not_arrive_does_not_count(pod: Pod) -> None:
+    pod.view.apply(held("gone", "a", size_bytes=40, registration=1))
+    pod.view.apply(peer("p2", capacity_bytes=60, revision=1))
+    assert _route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
+    pod.engine.forward_started("p2")
+    pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
+    pod.now_ms += pod.limits.suspect_ms
+    pod.view.apply(peer("p3", capacity_bytes=45, used_bytes=5, revision=1))
+    assert _route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
+
+
+def test_5_suspects_are_left_out_until_they_answer_or_time_has_passed(pod: Pod) -> None:
+    pod.view.apply(peer("p2", capacity_bytes=100))
+    pod.engine.forward_started("p2")
+    pod.engine.forward_started("p2")
+    pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
+    assert _route(pod) == LoadHere()
+    pod.engine.forward_ended("p2", reached=True, now_ms=pod.now_ms)
+    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+    pod.engine.forward_started("p2")
+    pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
+    pod.now_ms += pod.limits.suspect_ms
+    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+
+
+def test_5_a_failed_load_is_tried_elsewhere(pod: Pod) -> None:
+    pod.want("a")
+    pod.step(LoadFailed("a", "corrupt", False))
+    _peers(pod, "p2", "p3")
+    pod.view.apply(held("p2", "a", CopyStatus.FAILED, error="corrupt"))
+    assert _route(pod) == Forward("p3", Hop.LOAD_HERE)
+
+
+# 6. Or no pod can
+
+
+@pytest.mark.parametrize("hop", Hop)
+def test_6_unknown_model(pod: Pod, hop: Hop) -> None:
+    assert _route(pod, "nobody's", hop) == Refuse(Why.UNKNOWN_MODEL)
+
+
+def test_6_asked_for_a_hit_this_pod_does_not_load(pod: Pod) -> None:
+    assert _route(pod, "a", Hop.HIT_ONLY) == Refuse(Why.NOT_HERE)
+    pod.want("a")
+    pod.step(LoadFailed("a", "corrupt", False))
+    assert _route(pod, "a", Hop.HIT_ONLY) == Refuse(Why.NOT_HERE)
+
+
+@pytest.mark.parametrize(("retryable", "why"), [(False, Why.LOAD_FAILED), (True, Why.LOAD_FAILED_FOR_NOW)])
+def test_6_asked_to_load_what_failed_here(pod: Pod, retryable: bool, why: Why) -> None:
+    pod.want("a")
+    pod.step(LoadFailed("a", "corrupt", retryable))
+    assert _route(pod, "a", Hop.LOAD_HERE) == Refuse(why, "corrupt")
+    assert _route(pod, "a") == Refuse(why, "pod p1: corrupt")
+
+
+def test_6_a_load_that_failed_on_enough_pods(pod: Pod) -> None:
+    """`load_tries` (ModelMesh: 3), whatever their number."""
+    _peers(pod, *(f"p{i}" for i in range(2, 9)))
+    for number in (2, 3):
+        pod.view.apply(held(f"p{number}", "a", CopyStatus.FAILED, error="corrupt"))
+        assert isinstance(_route(pod), LoadHere | Forward)
+    pod.view.apply(held("p4", "a", CopyStatus.FAILED, error="busy", retryable=True))
+    refusal = _route(pod)
+    assert refusal == Refuse(Why.LOAD_FAILED_FOR_NOW, "pod p2: corrupt; pod p3: corrupt; pod p4: busy")
+    pod.view.remove(copy_key("p4", "a"))
+    assert isinstance(_route(pod), LoadHere | Forward)
+
+
+def test_6_larger_than_any_pod(pod: Pod) -> None:
+    pod.view.apply(held("gone", "a", size_bytes=21, registration=1))
+    pod.view.apply(peer("p2", capacity_bytes=20))
+    assert _route(pod) == Refuse(Why.LOAD_FAILED, "needs 21 bytes; the largest pod holds 20 bytes")
+    pod.view.apply(peer("p3", capacity_bytes=21))
+    assert _route(pod) == Forward("p3", Hop.LOAD_HERE)
+
+
+def test_6_every_pod_that_could_hold_it_was_tried(pod: Pod) -> None:
+    _peers(pod, "p2")
+    refusal = _route(pod, "a", Hop.CLIENT, "p1", "p2")
+    assert refusal == Refuse(Why.NO_ROOM, "no pod that could hold the model can be reached")
+
+
+def test_6_draining(pod: Pod) -> None:
+    pod.load("a")
+    pod.want("b")
+    pod.step(DrainStarted())
+    assert pod.engine.pod_record().draining
+    assert _route(pod, "a") == Serve(pod.copy("a"))
+    assert _route(pod, "b", Hop.LOAD_HERE) == Join(pod.copy("b"))
+    assert _route(pod, "c", Hop.LOAD_HERE) == Refuse(Why.NOT_HERE)
+    assert _route(pod, "c") == Refuse(Why.NO_POD, "every pod is draining")
+    _peers(pod, "p2")
+    assert _route(pod, "c") == Forward("p2", Hop.LOAD_HERE)
+
+
+@pytest.mark.parametrize("hop", [Hop.HIT_ONLY, Hop.LOAD_HERE])
+def test_what_was_forwarded_is_never_forwarded_again(pod: Pod, hop: Hop) -> None:
+    """Two hops at most (design §4)."""
+    pod.view.apply(peer("p2", capacity_bytes=100))
+    pod.view.apply(peer("p3", capacity_bytes=100))
+    pod.view.apply(held("p2", "b"))
+    pod.view.apply(held("p3", "c", CopyStatus.LOADING))
+    pod.want("d")
+    pod.step(LoadFailed("d", "corrupt", False))
+    for model_id in "abcd":
+        assert not isinstance(_route(pod, model_id, hop), Forward)
+    pod.step(DrainStarted())
+    for model_id in "abcd":
+        assert not isinstance(_route(pod, model_id, hop), Forward)
+
+
+# What the pod says of itself
+
+
+def test_the_pods_own_record(pod: Pod) -> None:
+    pod.load("a", 3, START_MS - 500)
+    pod.queue("b", 2)
+    pod.want("c")
+    pod.step(LoadFailed("c", "corrupt", False))
+    record = pod.engine.pod_record("1.2")
+    assert record == peer(
+        "p1", used_bytes=5, oldest_used_ms=START_MS - 500, loaded=1, loading=1, failed=1, version="1.2"
+    )
+
+
+def test_copies_of_a_model_this_pod_by_itself_others_by_the_registry(pod: Pod) -> None:
+    pod.view.apply(held("p1", "a", CopyStatus.FAILED))
+    pod.view.apply(held("p2", "a"))
+    assert set(pod.engine.copies_of("a")) == {"p2"}
+    pod.load("a")
+    assert {p: c.status for p, c in pod.engine.copies_of("a").items()} == {
+        "p1": CopyStatus.LOADED,
+        "p2": CopyStatus.LOADED,
+    }
+
+
+def test_every_attempt_is_counted_once(pod: Pod) -> None:
+    _peers(pod, "p2")
+    pod.load("a")
+    pod.want("b")
+    pod.view.apply(held("p2", "c"))
+    for model_id in "abc":
+        _route(pod, model_id)
+    _route(pod, "d", Hop.LOAD_HERE)
+    _route(pod, "d", Hop.HIT_ONLY)
+    stats = pod.engine.stats
+    assert (stats.hits, stats.joins, stats.forwards, stats.loads, stats.refusals) == (1, 1, 1, 1, 1)
+
+
+def test_repr_tells_the_books(pod: Pod) -> None:
+    pod.load("a", 3)
+    pod.want("b")
+    assert repr(pod.engine) == "<Engine p1 loaded=3 loading=0 unloading=0 promised=0 of 10 queued=1>"
