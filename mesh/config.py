@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loaders import LOADERS
+from mesh.registry import REGISTRIES
 from placement.policies import POLICIES
 
 _UNITS: Final = {"": 1, "B": 1} | {
@@ -117,6 +118,10 @@ class Config:
         ):
             if not least <= number <= most:
                 return f"--{name}: expected a number from {least} to {most}, found {number}"
+        scheme = self.registry.partition("://")[0]
+        if "://" not in self.registry or scheme not in REGISTRIES:
+            known = ", ".join(f"{scheme}://" for scheme in REGISTRIES)
+            return f"--registry: expected a URL that starts with one of {known}"  # what was found may hold a password
         if self.policy not in POLICIES:
             return f"--policy: expected one of {', '.join(POLICIES)}, found {self.policy!r}"
         if unknown := self.allowed_code - set(_CODE):

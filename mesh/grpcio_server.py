@@ -44,7 +44,7 @@ class GrpcioServer:
         try:
             return int(self._server.add_insecure_port(address))
         except RuntimeError as error:
-            raise OSError(str(error)) from None
+            raise OSError(str(error).partition(";")[0]) from None  # what follows is grpcio's advice to its own users
 
     async def start(self, handlers: Handlers) -> None:
         """Begin to take calls."""

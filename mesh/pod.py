@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from random import Random
 from typing import Final, TypeVar
@@ -53,6 +53,10 @@ REFLECTION: Final = tuple(
 
 class CannotStart(Exception):
     """One sentence for the operator."""
+
+
+class BadSetting(CannotStart):
+    """It lies in the configuration."""
 
 
 class _Stopped(Exception):
@@ -146,7 +150,8 @@ class Pod:
             config.metrics_port,
             lambda: metrics.serve(observed, config.host, config.metrics_port),
         )
-        try:
+
+        async def start() -> asyncio.Task[None]:
             await asyncio.to_thread(_preload, config.preloaded)
             await _until_registry(mirror.load)
             publishing = tasks.create_task(publisher.run())
@@ -156,6 +161,12 @@ class Pod:
             driver.publish_pod()
             await publisher.flushed()
             await server.start(handlers)
+            return publishing
+
+        try:
+            publishing = await self._unless_stopped(start())
+            if publishing is None:
+                return
             self.serving.set()
             log.info("pod %s serves gRPC on %s", pod_id, self.address)
             await self._stopping.wait()
@@ -169,6 +180,17 @@ class Pod:
             await asyncio.to_thread(close_metrics)
             await driver.close()
 
+    async def _unless_stopped(self, work: Coroutine[None, None, T]) -> T | None:
+        """What the work returns; None: `stop` was called first, and the work was cancelled."""
+        working, stopping = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            for task in (working, stopping):
+                task.cancel()
+            await asyncio.wait({working, stopping})
+
     async def _register_models(self, management: Management) -> None:
         """Register what lies in the model repository; what cannot be served is reported and left out."""
         if not self.config.models:
@@ -176,7 +198,7 @@ class Pod:
         try:
             models, problems = scan(Path(self.config.models))
         except ValueError as error:
-            raise CannotStart(str(error)) from None
+            raise BadSetting(f"--models: {error}") from None
         for name, reason in problems:
             log.warning("model %s is left out: %s", name, reason)
         for model in models:
@@ -197,7 +219,8 @@ def _open(url: str) -> Registry:
     try:
         return open_registry(url)
     except (ValueError, OSError) as error:
-        raise CannotStart(f"--registry: {error}") from None
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        raise BadSetting(f"--registry: {said}") from None
 
 
 def _preload(formats: Iterable[str]) -> None:

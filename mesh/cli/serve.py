@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
 import sys
 import tomllib
@@ -15,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from mesh.config import Config
-from mesh.pod import CannotStart, Pod
+from mesh.pod import BadSetting, CannotStart, Pod
 
 _TYPES = get_type_hints(Config)
 
@@ -26,8 +27,10 @@ def _read_file(context: click.Context, parameter: click.Parameter, path: Path | 
         return None
     try:
         settings = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path}: {error}") from None
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} is not TOML: {error}") from None
     for name in settings:
         if name not in _TYPES:
             raise click.BadParameter(f"{path}: unknown setting {name!r}; expected any of {', '.join(_TYPES)}")
@@ -78,9 +81,12 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
     )
     for name, value in settings.items():
         source = context.get_parameter_source(name) or ParameterSource.DEFAULT
-        print(f"{name} = {_toml(value)}  # {_SOURCES[source]}", file=sys.stderr)
+        shown = _PASSWORD.sub("***", str(value)) if name == "registry" else value
+        print(f"{name} = {_toml(shown)}  # {_SOURCES[source]}", file=sys.stderr)
     try:
         asyncio.run(_run(Pod(config)))
+    except BadSetting as error:
+        raise click.UsageError(str(error)) from None
     except CannotStart as error:
         raise click.ClickException(str(error)) from None
     return 0
@@ -99,6 +105,8 @@ async def _run(pod: Pod) -> None:
         loop.add_signal_handler(number, interrupted)
     await pod.run()
 
+
+_PASSWORD = re.compile(r"(?<=:)[^:/@]*(?=@)")
 
 _SOURCES = {
     ParameterSource.COMMANDLINE: "flag",
