@@ -238,7 +238,7 @@ class LocalCopies:
         self._start_unload(copy, actions)
 
     def _start_unload(self, copy: Copy, actions: list[Action]) -> None:
-        if copy.state is CopyState.UNLOADING and not copy.unload_started and not copy.pins:
+        if copy.state is CopyState.UNLOADING and not copy.pins:
             copy.unload_started = True
             actions.append(StartUnload(copy.model.model_id))
 

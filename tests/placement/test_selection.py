@@ -161,6 +161,7 @@ def test_assumed_bytes_count_as_used() -> None:
 
 def test_a_model_of_unknown_size_needs_some_room() -> None:
     assert _choose([_full("p1", 1), peer("p2", used_bytes=9)], 0) == "p2"
+    assert {_choose([_full("p1", 1), _full("p2", 9_000)], 0, model_id=f"m{i}") for i in range(9)} == {"p1"}
 
 
 def test_no_pod_no_target() -> None:

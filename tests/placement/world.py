@@ -28,8 +28,9 @@ from placement.messages import (
     UnloadFinished,
     Why,
 )
-from placement.records import ModelId, ModelRecord, PodId, Record, copy_key, key_of, model_key
-from tests.placement.pods import START_MS, Pod, Waiter
+from placement.records import ModelId, PodId, model_key
+from tests.placement.pods import START_MS, Pod, Waiter, model_record
+from tests.placement.registry import Registry
 
 ATTEMPTS: Final = 6
 """mesh.router.ATTEMPTS"""
@@ -60,14 +61,12 @@ class World:
         self.ended = 0
         self._capacity_bytes = capacity_bytes
         self._unreachable: set[PodId] = set()
-        self._registry: dict[str, Record] = {}
-        self._log: list[tuple[str, Record | None]] = []
-        self._seen = dict.fromkeys(self.pods, 0)
-        self._written: dict[PodId, dict[ModelId, object]] = {pod_id: {} for pod_id in self.pods}
+        self._registry = Registry()
         self._sizes: dict[tuple[ModelId, int], int] = {}
         for pod in self.pods.values():
-            self._publish(pod)
-        self._deliver_all()
+            self._registry.write_pod(pod)
+        for pod in self.pods.values():
+            self._registry.deliver(pod)
 
     # Operations
 
@@ -75,11 +74,11 @@ class World:
         self._register(rng, rng.choice(MODELS))
 
     def remove(self, rng: Random) -> None:
-        self._write(model_key(rng.choice(MODELS)), None)
+        self._registry.write(model_key(rng.choice(MODELS)), None)
 
     def register_anew(self, rng: Random) -> None:
         model_id = rng.choice(MODELS)
-        self._write(model_key(model_id), None)
+        self._registry.write(model_key(model_id), None)
         self._register(rng, model_id)
 
     def give_up(self, rng: Random) -> None:
@@ -120,17 +119,13 @@ class World:
         self._let_pass(rng.choice([1, 500, 2_500, 61_000]))
         pod = self._pod(rng)
         pod.step(Tick())
-        self._publish(pod)
+        self._registry.write_pod(pod)
 
     def deliver(self, rng: Random) -> None:
-        self._deliver(self._pod(rng), rng.choice([1, 3, len(self._log)]))
+        self._registry.deliver(self._pod(rng), rng.choice([1, 3, None]))
 
     def read_anew(self, rng: Random) -> None:
-        """The watch was compacted: a snapshot replaces the view."""
-        pod = self._pod(rng)
-        for model_id in pod.view.replace(self._registry.values()):
-            pod.step(CopyUnwanted(model_id))
-        self._seen[pod.engine.pod_id] = len(self._log)
+        self._registry.snapshot(self._pod(rng))
 
     def drain(self, rng: Random) -> None:
         """Never the last one, or nothing would happen any more."""
@@ -145,7 +140,7 @@ class World:
     def check(self) -> None:
         for pod in self.pods.values():
             pod.check()
-            self._write_copies(pod)
+            self._registry.write_copies(pod)
             stats = pod.engine.stats
             placed = stats.hits + stats.joins + stats.loads + stats.forwards + stats.refusals
             assert placed == self.routes[pod.engine.pod_id]  # placement.stats
@@ -169,9 +164,10 @@ class World:
             self._let_pass(500)
             for pod in self.pods.values():
                 pod.step(Tick())
-                self._publish(pod)
+                self._registry.write_pod(pod)
             self.check()
-            self._deliver_all()
+            for pod in self.pods.values():
+                self._registry.deliver(pod)
             busy = any(pod.estimating or pod.loading or pod.unloading for pod in self.pods.values())
             if not busy and not self.requests:
                 break
@@ -211,7 +207,8 @@ class World:
                         yield from self._forward(pod, pod_id, onward, model_id, used_ms)
                         return
                     case Refuse(Why.UNKNOWN_MODEL):
-                        self._fetch(pod, model_id)
+                        if not self._registry.fetch(pod, model_key(model_id)):
+                            raise Refused(Why.UNKNOWN_MODEL, elsewhere=False)
                     case Refuse(why):
                         raise Refused(why)
             except Refused as error:
@@ -271,60 +268,14 @@ class World:
         except (StopIteration, Refused):
             self.ended += 1
 
-    # The registry
+    # Models and their loader
 
     def _register(self, rng: Random, model_id: ModelId) -> None:
-        key = model_key(model_id)
-        if key not in self._registry:
-            created = len(self._log) + 1
+        if model_key(model_id) not in self._registry.records:
+            created = self._registry.next_revision
             largest = self._capacity_bytes + 3 if rng.random() < 0.1 else max(1, self._capacity_bytes // 2)
             self._sizes[model_id, created] = rng.randint(1, largest)
-            self._write(key, ModelRecord(model_id, "synthetic", f"/{created}", revision=created, created=created))
-
-    def _write(self, key: str, record: Record | None) -> None:
-        if self._registry.get(key) is not record:
-            self._log.append((key, record))
-            if record is None:
-                del self._registry[key]
-            else:
-                self._registry[key] = record
-
-    def _write_copies(self, pod: Pod) -> None:
-        """What the publisher does with Publish and Unpublish."""
-        pod_id, written = pod.engine.pod_id, self._written[pod.engine.pod_id]
-        for model_id in sorted(written.keys() | pod.published.keys()):
-            record = pod.published.get(model_id)
-            if written.get(model_id) is not record:
-                self._write(copy_key(pod_id, model_id), record)
-        self._written[pod_id] = dict(pod.published)
-
-    def _publish(self, pod: Pod) -> None:
-        record = pod.engine.pod_record()
-        if self._registry.get(key_of(record)) != record:
-            self._write(key_of(record), record)
-
-    def _fetch(self, pod: Pod, model_id: ModelId) -> None:
-        record = self._registry.get(model_key(model_id))
-        if record is None:
-            raise Refused(Why.UNKNOWN_MODEL, elsewhere=False)
-        self._apply(pod, model_key(model_id), record, None)
-
-    def _deliver(self, pod: Pod, count: int) -> None:
-        start = self._seen[pod.engine.pod_id]
-        self._seen[pod.engine.pod_id] = min(len(self._log), start + count)
-        for number, (key, record) in enumerate(self._log[start : start + count], start + 1):
-            self._apply(pod, key, record, number)
-
-    def _apply(self, pod: Pod, key: str, record: Record | None, revision: int | None) -> None:
-        changed = pod.view.remove(key, revision) if record is None else pod.view.apply(record)
-        if changed is not None:
-            pod.step(CopyUnwanted(changed))
-
-    def _deliver_all(self) -> None:
-        for pod in self.pods.values():
-            self._deliver(pod, len(self._log))
-
-    # The loader
+            self._registry.write(model_key(model_id), model_record(model_id, created))
 
     def _estimate(self, pod: Pod, model_id: ModelId, rng: Random) -> None:
         size_bytes = self._sizes[model_id, pod.estimating[model_id].created]
