@@ -10,10 +10,13 @@ import pytest
 
 from loaders.base import Tensor
 from loaders.synthetic import SyntheticModel
+from mesh.config import Config
+from mesh.pod import Pod
+from mesh.registry.memory import MemoryStore
 from placement.records import CopyRecord, CopyStatus, PodRecord, encode
 from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
-from tests.mesh.pods import TIMEOUT_S, Loads, Mesh, request_for, running, until
+from tests.mesh.pods import TIMEOUT_S, Loads, Mesh, TroubledRegistry, request_for, running, until
 
 Status = mm.ModelStatusInfo
 
@@ -187,6 +190,18 @@ async def test_without_the_registry_loaded_models_serve_and_management_is_unavai
         registry.reachable = True
     await three.register("n")
     await three.infer("n", "b")
+
+
+async def test_a_pod_can_be_stopped_while_it_waits_for_the_registry(loads: Loads) -> None:
+    registry = TroubledRegistry(MemoryStore())
+    registry.reachable = False
+    pod = Pod(Config(host="127.0.0.1", grpc_port=0, metrics_port=0, pod_id="a"), registry)
+    life = asyncio.create_task(pod.run())
+    await asyncio.wait([life], timeout=0.1)
+    assert not life.done()
+    pod.stop()
+    await life
+    assert not pod.serving.is_set()
 
 
 # Records written by hand

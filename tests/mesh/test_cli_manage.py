@@ -1,0 +1,132 @@
+"""`densemesh register`, `status` and their like against a pod process. Authority: issue 2, "What a user gets": over the
+management API of any pod, a table by default and `--output json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh.local_cluster import LocalPod
+
+TIMEOUT_S = 60.0
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def densemesh(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mesh", *words]
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, **variables}
+    )
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("no models")
+
+
+@pytest.fixture
+def run(pod: LocalPod) -> Command:
+    """A command on the module's pod."""
+    return lambda *words: densemesh(*words, DENSEMESH_TARGET=pod.address)
+
+
+def told(done: subprocess.CompletedProcess[str]) -> Any:
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_a_models_life(run: Command) -> None:
+    assert run("status", "m").returncode == 1
+    done = run("register", "m", "synthetic", "--format", "synthetic")
+    assert (done.returncode, done.stdout) == (0, "m  NOT_LOADED\n")
+    again = told(run("register", "m", "synthetic", "--format", "synthetic", "--load-now", "--wait", "--output", "json"))
+    assert again["status"] == "LOADED"
+    assert [(copy["location"], copy["copyStatus"]) for copy in again["modelCopyInfos"]] == [("pod-1", "LOADED")]
+    assert run("status", "m").stdout.startswith("m  LOADED\npod-1 LOADED since 20")
+    assert told(run("ensure-loaded", "m", "--output", "json"))["status"] == "LOADED"
+    done = run("unregister", "m")
+    assert (done.returncode, done.stdout) == (0, "m  removed\n")
+    done = run("status", "m")
+    assert (done.returncode, done.stdout) == (1, "m  NOT_FOUND\n")
+
+
+def test_the_mesh_as_a_table_and_as_json(run: Command) -> None:
+    told(run("register", "shown", "synthetic", "--format", "synthetic", "--wait", "--output", "json"))
+    table = run("status").stdout
+    assert "POD" in table
+    assert "256.0 MiB" in table
+    assert "shown" in table
+    state = told(run("status", "--output", "json"))
+    assert [pod["pod_id"] for pod in state["pods"]] == ["pod-1"]
+    assert "shown" in [model["model_id"] for model in state["models"]]
+
+
+def test_a_load_that_fails_is_the_commands_failure(run: Command) -> None:
+    key = '{"parameters":{"fail":"torn"}}'
+    done = run("register", "torn", "synthetic", "--format", "synthetic", "--key", key, "--wait")
+    assert done.returncode == 1
+    assert "torn  LOADING_FAILED" in done.stdout
+    assert "cannot be loaded" in done.stdout
+    assert run("ensure-loaded", "torn").returncode == 1
+
+
+def test_vmodels(run: Command) -> None:
+    options = ("--uri", "synthetic", "--format", "synthetic", "--auto-delete", "--owner", "o", "--load-now", "--wait")
+    first = told(run("vmodel", "set", "v", "v1", *options, "--output", "json"))
+    assert (first["status"], first["activeModelId"], first["owner"]) == ("DEFINED", "v1", "o")
+    assert first["activeModelStatus"]["status"] == "LOADED"
+    done = run("vmodel", "set", "v", "v2", *options, "--expected-target", "v1")
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["v  DEFINED", "active v2  LOADED"])
+    assert run("vmodel", "get", "v").stdout.startswith("v  DEFINED")
+    assert run("vmodel", "delete", "v", "--owner", "o").returncode == 0
+    assert run("vmodel", "get", "v").returncode == 1
+    assert run("status", "v2").stdout == "v2  NOT_FOUND\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["register", "x", "/m", "--format", "gguf"], "INVALID_ARGUMENT: modelInfo.type 'gguf': expected one of"),
+        (["register", "x", "/m", "--format", "onnx", "--key", "{"], "INVALID_ARGUMENT: modelInfo.key is not JSON"),
+        (["ensure-loaded", "nobody"], "NOT_FOUND: model 'nobody' is not registered"),
+        (["vmodel", "set", "w", "nobody"], "NOT_FOUND: targetModelId 'nobody' is not registered"),
+    ],
+)
+def test_what_the_pod_refuses_is_one_sentence(run: Command, words: list[str], says: str) -> None:
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"densemesh: {says}")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["register", "x"], "Missing argument 'URI'"),
+        (["register", "x", "/m"], "Missing option '--format'"),
+        (["vmodel", "set", "v", "m", "--uri", "/m"], "--uri and --format: expected both or neither"),
+        (["status", "--output", "yaml"], "'yaml' is not one of"),
+        (["status", "--timeout", "0"], "0.0 is not in the range"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(words: list[str], says: str) -> None:
+    done = densemesh(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert says in line
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:1", "nonsense", ""])
+def test_a_target_that_is_not_there(target: str) -> None:
+    done = densemesh("status", "--target", target, "--timeout", "10")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("densemesh: UNAVAILABLE: ")
