@@ -99,7 +99,11 @@ async def exercise(settings: Settings, tenants: Sequence[Tenant], directory: Pat
         f"models need {format_bytes(total_bytes)}; {settings.pods} pods with {format_bytes(capacity_bytes)} each hold "
         f"{capacity_bytes * settings.pods / total_bytes:.0%} of that"
     )
-    flags = {"capacity": str(capacity_bytes), "allow_code": "pt2" if settings.torch else ""}
+    flags = {
+        "capacity": str(capacity_bytes),
+        "allow_code": "pt2" if settings.torch else "",
+        "preload": ",".join(sorted({tenant.format for tenant in tenants})),
+    }
     started_s = time.monotonic()
     client = GrpcioClient()
     try:
