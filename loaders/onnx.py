@@ -15,6 +15,7 @@ Parameters: `device` ("cpu", "cuda", "cuda:1") or `providers` (execution provide
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,10 @@ from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, T
 from loaders.datatypes import DTYPES, bytes_of, text_of
 from loaders.memory import Change
 from loaders.onnx_file import weigh
+
+# Since 1.31 importing it starts a telemetry thread and writes into the home directory; a server tells nobody about its
+# tenants' models unless its operator wants that.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 try:
     import onnxruntime as ort

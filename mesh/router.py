@@ -130,7 +130,7 @@ class Router:
             if copy.state is CopyState.LOADED:
                 return await self._serve(copy, call, message, local)
             if copy.state is CopyState.FAILED:
-                raise load_error(copy.model.model_id, copy.error, copy.retryable)
+                raise _failure(copy)
             return None
         finally:
             self._driver.unpin(copy)
@@ -163,21 +163,29 @@ class Router:
         return response
 
 
-def load_error(model_id: ModelId, detail: str, retryable: bool) -> MeshError:
-    """What a client hears of a failed load."""
+def _failure(copy: Copy) -> MeshError:
+    """What a client hears of a copy that FAILED while its request waited for it."""
+    if copy.no_room:
+        return NoRoom(f"model {copy.model.model_id!r}: {copy.error}")
+    return _load_error(copy.model.model_id, copy.error, copy.retryable)
+
+
+def _load_error(model_id: ModelId, detail: str, retryable: bool) -> MeshError:
     return (LoadUnavailable if retryable else LoadFailed)(f"model {model_id!r} cannot be loaded: {detail}")
 
 
 def _refusal(why: Why, model_id: ModelId, detail: str, last: MeshError | None) -> MeshError:
-    """What a client hears when no pod is left; an earlier attempt's own words say more than `no room`."""
+    """What a client hears when no pod is left; what the last attempt said tells more than that there is none."""
     match why:
         case Why.LOAD_FAILED | Why.LOAD_FAILED_FOR_NOW:
-            return load_error(model_id, detail, why is Why.LOAD_FAILED_FOR_NOW)
+            return _load_error(model_id, detail, why is Why.LOAD_FAILED_FOR_NOW)
         case Why.NOT_HERE:
             return NotHere(f"model {model_id!r} is not here")
-        case Why.NO_POD:
-            return PodUnavailable(f"model {model_id!r}: {detail}")
+        case Why.NO_ROOM:
+            return NoRoom(f"model {model_id!r}: {detail}")
         case _:
             return (
-                last if last is not None and not isinstance(last, NotHere) else NoRoom(f"model {model_id!r}: {detail}")
+                last
+                if last is not None and not isinstance(last, NotHere)
+                else PodUnavailable(f"model {model_id!r}: {detail}")
             )

@@ -48,6 +48,8 @@ class Copy:
     estimated: bool = False
     error: str = ""
     retryable: bool = False
+    no_room: bool = False
+    """The failure is that there was no room; `retryable` too."""
     expires_ms: int = 0
     """While FAILED: when it is forgotten."""
 

@@ -43,6 +43,8 @@ class Limits:
     """How long a peer that could not be reached is avoided."""
     room_patience_ms: int = 2_000
     """How long a copy that turned out larger than estimated may wait for its room before it is given up."""
+    queue_patience_ms: int = 10_000
+    """How long a copy may be queued before finding no room for it is the answer."""
 
 
 class LocalCopies:
@@ -178,10 +180,12 @@ class LocalCopies:
         smaller ones, so that it does not hold up the pod."""
         no_room_for = self.limits.capacity_bytes + 1
         for copy in [c for c in self.cache.in_state(CopyState.QUEUED) if c.estimated]:
-            if copy.size_bytes >= no_room_for:
-                continue
-            if not self._make_room(copy.size_bytes, now_ms, actions):
-                no_room_for = copy.size_bytes
+            if copy.size_bytes >= no_room_for or not self._make_room(copy.size_bytes, now_ms, actions):
+                no_room_for = min(no_room_for, copy.size_bytes)
+                if now_ms - copy.since_ms >= self.limits.queue_patience_ms:
+                    copy.no_room = True
+                    self.cache.move(copy, Move.FAIL, now_ms)
+                    self._failed(copy, f"no room for {copy.size_bytes} bytes: all is in use", True, actions)
                 continue
             self.cache.move(copy, Move.PROMISE, now_ms)
             if copy.size_bytes <= self.cache.free_bytes:
@@ -218,7 +222,7 @@ class LocalCopies:
             copy.error = (
                 f"loaded as {copy.measured_bytes} bytes instead of {copy.size_bytes}, for which there is no room"
             )
-            copy.retryable = True
+            copy.retryable = copy.no_room = True
             self._evict(copy, now_ms, actions)
 
     def _make_room(self, need_bytes: int, now_ms: int, actions: list[Action]) -> bool:

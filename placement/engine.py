@@ -197,7 +197,7 @@ class Engine:
             return self._refuse(Why.NOT_HERE)
         if hop is Hop.LOAD_HERE:
             if copy is not None and copy.state is CopyState.FAILED:
-                return self._refuse(_failure(copy.retryable), copy.error)
+                return self._refuse(Why.NO_ROOM if copy.no_room else _failure(copy.retryable), copy.error)
             if self.draining:
                 return self._refuse(Why.NOT_HERE)
             self.stats.loads += 1
@@ -262,7 +262,7 @@ class Engine:
             return self._refuse(Why.NO_POD, "every pod is draining")
         if size_bytes > largest:
             return self._refuse(Why.LOAD_FAILED, f"needs {size_bytes} bytes; the largest pod holds {largest} bytes")
-        return self._refuse(Why.NO_ROOM, "no pod that could hold the model can be reached")
+        return self._refuse(Why.NO_POD, "no pod that could hold it can be reached")
 
     def _assume(self, pod_id: PodId, size_bytes: int) -> None:
         """Until the pod speaks again, count what was sent to it (kube-scheduler's `assume`)."""

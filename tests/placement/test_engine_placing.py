@@ -151,7 +151,7 @@ def test_6_larger_than_any_pod(pod: Pod) -> None:
 def test_6_every_pod_that_could_hold_it_was_tried(pod: Pod) -> None:
     _peers(pod, "p2")
     refusal = _route(pod, "a", Hop.CLIENT, "p1", "p2")
-    assert refusal == Refuse(Why.NO_ROOM, "no pod that could hold the model can be reached")
+    assert refusal == Refuse(Why.NO_POD, "no pod that could hold it can be reached")
 
 
 def test_6_draining(pod: Pod) -> None:
