@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import secrets
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -36,6 +38,13 @@ async def infer(client: Client, model_id: str) -> str:
     answer, headers = await client.call_for_headers("ModelInfer", request_for(model_id), timeout_s=WITHIN_S)
     assert (answer.model_name, answer.raw_output_contents) == (model_id, [ROW])
     return headers["densemesh-pod"]
+
+
+async def load_on(client: Client, *model_ids: str) -> None:
+    """Load models on the client's pod, as another pod would ask it to."""
+    for model_id in model_ids:
+        there = [("densemesh-hop", "load"), ("densemesh-model-bin", model_id.encode())]
+        await client.call("ModelMetadata", v2.ModelMetadataRequest(name=model_id), metadata=there)
 
 
 def names(count: int) -> list[str]:
@@ -111,11 +120,11 @@ async def test_registered_on_one_served_through_each(clients: list[Client]) -> N
 
 
 async def test_killing_a_pod_fails_no_request_to_the_others(cluster: LocalCluster, clients: list[Client]) -> None:
-    models = names(18)
-    await register(clients[0], *models, load=True)
-    holders = await known_to_all(clients, models)
-    victim = cluster.pods[1]
-    assert victim.pod_id in holders.values()
+    models, victim = names(18), cluster.pods[1]
+    await register(clients[0], *models)
+    for client, part in zip(clients, (models[:6], models[6:12], models[12:]), strict=True):
+        await load_on(client, *part)
+    assert list((await known_to_all(clients, models)).values()).count(victim.pod_id) == 6
     left = [clients[0], clients[2]]
     async with traffic(left, models) as seen:
         await seen.more(100)
@@ -127,6 +136,23 @@ async def test_killing_a_pod_fails_no_request_to_the_others(cluster: LocalCluste
             await until(client, lambda state: len(state.pods) == 2)  # the lease has ended
         await seen.more(300)
     assert not seen.failed
+
+
+async def test_a_hung_pod_holds_requests_up_only_for_a_while(cluster: LocalCluster, clients: list[Client]) -> None:
+    models, hung = names(3), cluster.pods[1]
+    assert hung.pid is not None
+    await register(clients[0], *models)
+    await load_on(clients[1], *models)
+    assert set((await known_to_all(clients, models)).values()) == {hung.pod_id}
+    os.kill(hung.pid, signal.SIGSTOP)  # its connections stay open
+    try:
+        asked = [infer(client, model_id) for model_id in models for client in (clients[0], clients[2])]
+        assert hung.pod_id not in await asyncio.gather(*asked)
+    finally:
+        os.kill(hung.pid, signal.SIGCONT)
+    await cluster.ready()
+    for model_id in models:
+        await infer(clients[1], model_id)
 
 
 async def test_a_pod_that_comes_back_serves(cluster: LocalCluster, clients: list[Client]) -> None:
@@ -201,14 +227,13 @@ async def test_a_restart_of_all_pods_keeps_registrations(cluster: LocalCluster, 
 
 async def test_a_pod_drains_without_a_failed_request(cluster: LocalCluster, clients: list[Client]) -> None:
     models, (slow,) = names(12), names(1)
-    await register(clients[0], *models, load=True)
-    holders = await known_to_all(clients, models)
     leaving, at_its_door = cluster.pods[2], clients[2]
-    assert leaving.pod_id in holders.values()
+    await register(clients[0], *models)
     await register(clients[0], slow, key='{"parameters":{"infer_ms":1500}}')
-    there = [("densemesh-hop", "load"), ("densemesh-model-bin", slow.encode())]  # nowhere else
-    await at_its_door.call("ModelMetadata", v2.ModelMetadataRequest(name=slow), metadata=there)
-    await known_to_all(clients, [slow])
+    await load_on(at_its_door, slow, *models[:4])
+    await load_on(clients[0], *models[4:8])
+    await load_on(clients[1], *models[8:])
+    await known_to_all(clients, [slow, *models])
     before = (await at_its_door.call("GetState", mm.GetStateRequest())).fates.hits
     under_way = [asyncio.create_task(infer(client, slow)) for client in clients]
     await until(at_its_door, lambda state: state.fates.hits == before + len(under_way))

@@ -7,6 +7,7 @@ import asyncio
 import json
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from loaders.base import LoaderError
@@ -238,3 +239,20 @@ async def test_many_changes_at_once_leave_the_counts_right(mesh: Mesh, a: Client
     await until(lambda: not view.in_transition)
     pointed = [vmodel.active for vmodel in view.vmodels.values()]
     assert {model_id: view.models[model_id].refs for model_id in models} == {m: pointed.count(m) for m in models}
+
+
+async def test_no_vmodel_comes_to_point_to_a_model_that_is_being_removed(mesh: Mesh, a: Client) -> None:
+    async def attempt(name: str, request: Any) -> None:
+        try:
+            await a.call(name, request)
+        except grpc.aio.AioRpcError as error:
+            assert error.code().name in ("NOT_FOUND", "FAILED_PRECONDITION"), error  # noqa: PT017
+
+    for i in range(15):
+        await register(a, f"m{i}")
+        await asyncio.gather(
+            attempt("setVModel", mm.SetVModelRequest(vModelId=f"v{i}", targetModelId=f"m{i}")),
+            attempt("unregisterModel", mm.UnregisterModelRequest(modelId=f"m{i}")),
+        )
+    view = mesh.pods["a"].engine.view
+    assert {vmodel.active for vmodel in view.vmodels.values()} == view.models.keys()
