@@ -87,6 +87,8 @@ class Driver:
         self._loaded: dict[ModelId, Resident] = {}
         self._waiters: dict[ModelId, asyncio.Future[None]] = {}
         self._closed = False
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done, with the bug, when an impossible state was found."""
         self._leading: set[object] = set()
         """What the leader asked for and is still under way."""
         # Unloads and estimates must not queue behind loads, or room would wait for what waits for room.
@@ -130,7 +132,11 @@ class Driver:
         self.engine.pin(copy)
 
     def unpin(self, copy: Copy) -> None:
-        actions = self.engine.unpin(copy, now_ms())
+        try:
+            actions = self.engine.unpin(copy, now_ms())
+        except Exception as bug:
+            self._break(bug)
+            raise
         if actions:
             self._carry_out(actions)
 
@@ -155,7 +161,17 @@ class Driver:
     # Events and actions
 
     def step(self, event: Event) -> None:
-        self._carry_out(self.engine.step(event, now_ms()))
+        """Take in an event. If the engine breaks, its books are not to be trusted any more and the pod ends."""
+        try:
+            actions = self.engine.step(event, now_ms())
+        except Exception as bug:
+            self._break(bug)
+            raise
+        self._carry_out(actions)
+
+    def _break(self, bug: Exception) -> None:
+        if not self.broken.done():
+            self.broken.set_exception(bug)
 
     def models_changed(self, model_ids: Iterable[ModelId]) -> None:
         """Registrations vanished or changed: their copies are of no use."""
@@ -308,5 +324,12 @@ def settings_of(model: ModelRecord) -> ModelSettings:
 
 
 def format_of(model: ModelRecord) -> str:
-    """The format in ModelInfo.type: `onnx`, or as the ModelMesh controller writes it, `mt:onnx[:version][|pv:...]`."""
+    """The format in ModelInfo.type: `onnx`, or as ModelMesh's controller writes it, `mt:onnx[:version][|pv:protocol]`;
+    with `rt:<runtime>`, which names a server and no format, the key's `model_type`.
+
+    Raises:
+        LoaderError: see `settings_of`.
+    """
+    if model.format.startswith("rt:"):
+        return settings_of(model).model_type
     return model.format.removeprefix("mt:").split("|")[0].split(":")[0]

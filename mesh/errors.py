@@ -1,6 +1,6 @@
-"""Every way a request can fail, each with its gRPC code and whether another pod may do better (design §7).
+"""Every way a request can fail, each with its gRPC code and whether another pod may do better.
 
-Bugs are not here: an impossible state raises something else and ends the process.
+The table is in docs/ARCHITECTURE.md, "Errors"; what a bug does is in decision 0005.
 """
 
 from __future__ import annotations
@@ -142,6 +142,12 @@ class Unimplemented(MeshError):
 
 class ModelFailed(MeshError):
     """The model itself failed while running a well-formed request."""
+
+    code = Code.INTERNAL
+
+
+class InternalError(MeshError):
+    """A bug met this request. One request must not end a pod, or it would end the next pod it is sent to as well."""
 
     code = Code.INTERNAL
 

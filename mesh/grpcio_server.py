@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final, NoReturn
 from urllib.parse import quote
@@ -10,8 +11,10 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 
-from mesh.errors import DeadlineExceeded, MeshError
+from mesh.errors import DeadlineExceeded, InternalError, MeshError
 from mesh.rpc import Call, Handlers, Stream, Unary
+
+log = logging.getLogger(__name__)
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 
@@ -69,6 +72,9 @@ class GrpcioServer:
                 await _abort(context, DeadlineExceeded("the deadline passed before the request was served"), call)
             except MeshError as error:
                 await _abort(context, error, call)
+            except Exception:
+                log.exception("%s broke", path)
+                await _abort(context, InternalError("the server could not handle this request; its log says why"), call)
             if call.reply_metadata:
                 await context.send_initial_metadata(tuple(call.reply_metadata.items()))
             return response
@@ -83,6 +89,9 @@ class GrpcioServer:
                     yield response
             except MeshError as error:
                 await _abort(context, error, call)
+            except Exception:
+                log.exception("%s broke", path)
+                await _abort(context, InternalError("the server could not handle this stream; its log says why"), call)
 
         return grpc.stream_stream_rpc_method_handler(serve)
 

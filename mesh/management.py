@@ -268,14 +268,14 @@ def model_record(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_d
         InvalidRequest: names the field and what was expected.
     """
     record = ModelRecord(model_id, info.type, info.path, info.key, last_used_ms, auto_delete=auto_delete)
-    if format_of(record) not in LOADERS:
-        raise InvalidRequest(f"modelInfo.type {info.type!r}: expected one of {', '.join(sorted(LOADERS))}")
     if len(info.path.encode()) > MAX_PATH_BYTES:
         raise InvalidRequest(f"modelInfo.path: expected at most {MAX_PATH_BYTES} bytes")
     try:
         from_key(info.key)
     except ValueError as error:
         raise InvalidRequest(f"modelInfo.{error}") from None
+    if format_of(record) not in LOADERS:
+        raise InvalidRequest(f"modelInfo.type {info.type!r}: expected one of {', '.join(sorted(LOADERS))}")
     return record
 
 

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from loaders import loader_for
 from loaders.base import LoaderError
@@ -63,6 +64,18 @@ class _Stopped(Exception):
     """Ends the task group when all is done."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a pod's life deals with."""
+
+    driver: Driver
+    publisher: Publisher
+    mirror: Mirror
+    management: Management
+    observed: metrics.Metrics
+    handlers: Handlers
+
+
 class Pod:
     """A pod from its configuration; `run` is its whole life."""
 
@@ -112,9 +125,33 @@ class Pod:
     async def _live(
         self, registry: Registry, server: GrpcioServer, client: GrpcioClient, tasks: asyncio.TaskGroup
     ) -> None:
+        host = self.config.host
+        port = _bind("gRPC", host, self.config.grpc_port, lambda port: server.listen(_join(host, port)))
+        self.address = self.config.advertise or _join(reachable_host(host, self.config.registry), port)
+        parts = self._assemble(registry, client, tasks, port)
+        self.metrics_port, close_metrics = _bind(
+            "metrics", host, self.config.metrics_port, lambda port: metrics.serve(parts.observed, host, port)
+        )
+        try:
+            publishing = await self._unless_stopped(self._start(parts, server, tasks))
+            if publishing is None:
+                return
+            self.serving.set()
+            log.info("pod %s serves gRPC on %s", self.engine.pod_id, self.address)
+            await self._stopped_or(parts.driver.broken)
+            log.info("pod %s drains", self.engine.pod_id)
+            self.serving.clear()
+            parts.driver.step(DrainStarted())
+            publishing.cancel()  # the lease goes first: nobody is sent here any more
+            await asyncio.wait([publishing])
+            await server.stop(self.config.drain_timeout_s)
+        finally:
+            await asyncio.to_thread(close_metrics)
+            await parts.driver.close()
+
+    def _assemble(self, registry: Registry, client: GrpcioClient, tasks: asyncio.TaskGroup, port: int) -> _Parts:
+        """Put the parts together; nothing runs yet."""
         config = self.config
-        port = _bind("gRPC", config.host, config.grpc_port, lambda: server.listen(_join(config.host, config.grpc_port)))
-        self.address = config.advertise or _join(reachable_host(config.host, config.registry), port)
         pod_id = config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
         limits = Limits(config.capacity_bytes, load_slots=config.load_slots)
         engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy](), Random(pod_id))
@@ -125,12 +162,7 @@ class Pod:
         def forget(address: str) -> None:
             tasks.create_task(client.forget(address))
 
-        mirror = Mirror(
-            registry,
-            engine.view,
-            on_models_changed=driver.models_changed,
-            on_pod_gone=forget,
-        )
+        mirror = Mirror(registry, engine.view, on_models_changed=driver.models_changed, on_pod_gone=forget)
         directory = Directory(engine.view, mirror, asyncio.get_running_loop().time)
         router = Router(driver, client, directory)
         residency = Residency(driver, router, client, tasks)
@@ -144,41 +176,30 @@ class Pod:
             | Health(reflection.SERVICES, self.serving.is_set).handlers()
             | Handlers(streams=dict.fromkeys(REFLECTION, _reflect))
         )
-        self.metrics_port, close_metrics = _bind(
-            "metrics",
-            config.host,
-            config.metrics_port,
-            lambda: metrics.serve(observed, config.host, config.metrics_port),
-        )
+        return _Parts(driver, publisher, mirror, management, observed, handlers)
 
-        async def start() -> asyncio.Task[None]:
-            await asyncio.to_thread(_preload, config.preloaded)
-            await _until_registry(mirror.load)
-            publishing = tasks.create_task(publisher.run())
-            for work in (mirror.run(), driver.tick()):
-                tasks.create_task(work)
-            await self._register_models(management)
-            driver.publish_pod()
-            await publisher.flushed()
-            await server.start(handlers)
-            return publishing
+    async def _start(self, parts: _Parts, server: GrpcioServer, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:
+        """Know the mesh, be known to it, take calls; the task that keeps the pod known."""
+        await asyncio.to_thread(_preload, self.config.preloaded)
+        await _until_registry(parts.mirror.load)
+        publishing = tasks.create_task(parts.publisher.run())
+        for work in (parts.mirror.run(), parts.driver.tick()):
+            tasks.create_task(work)
+        await self._register_models(parts.management)
+        parts.driver.publish_pod()
+        await parts.publisher.flushed()
+        await server.start(parts.handlers)
+        return publishing
 
+    async def _stopped_or(self, broken: asyncio.Future[None]) -> None:
+        """Return when `stop` is called; raise what broke the engine."""
+        stopping: asyncio.Future[Any] = asyncio.create_task(self._stopping.wait())
         try:
-            publishing = await self._unless_stopped(start())
-            if publishing is None:
-                return
-            self.serving.set()
-            log.info("pod %s serves gRPC on %s", pod_id, self.address)
-            await self._stopping.wait()
-            log.info("pod %s drains", pod_id)
-            self.serving.clear()
-            driver.step(DrainStarted())
-            publishing.cancel()  # the lease goes first: nobody is sent here any more
-            await asyncio.wait([publishing])
-            await server.stop(config.drain_timeout_s)
+            await asyncio.wait([stopping, broken], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await asyncio.to_thread(close_metrics)
-            await driver.close()
+            stopping.cancel()
+        if broken.done():
+            broken.result()
 
     async def _unless_stopped(self, work: Coroutine[None, None, T]) -> T | None:
         """What the work returns; None: `stop` was called first, and the work was cancelled."""
@@ -236,9 +257,9 @@ def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _bind(what: str, host: str, port: int, bind: Callable[[], T]) -> T:
+def _bind(what: str, host: str, port: int, bind: Callable[[int], T]) -> T:
     try:
-        return bind()
+        return bind(port)
     except OSError as error:
         raise CannotStart(f"the {what} port {_join(host, port)} cannot be opened: {error.strerror or error}") from None
 

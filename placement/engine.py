@@ -59,7 +59,8 @@ class Engine:
         self.draining = False
         self._rng = rng
         self._in_flight: dict[PodId, int] = {}
-        self._suspects: dict[PodId, int] = {}
+        self._suspects: dict[PodId, tuple[int, int]] = {}
+        """Pods that could not be reached: until when they are avoided, and in which life (`PodRecord.created`)."""
         self._assumed: dict[PodId, tuple[int, int]] = {}
         """Bytes sent to a pod to load since its record of that revision."""
 
@@ -124,7 +125,8 @@ class Engine:
         else:
             del self._in_flight[pod_id]
         if not reached:
-            self._suspects[pod_id] = now_ms + self.limits.suspect_ms
+            pod = self.view.pods.get(pod_id)
+            self._suspects[pod_id] = (now_ms + self.limits.suspect_ms, pod.created if pod else 0)
             self._assumed.pop(pod_id, None)  # nothing was sent after all, and the pod will not speak of it
         elif self._suspects:
             self._suspects.pop(pod_id, None)
@@ -178,7 +180,7 @@ class Engine:
                     copies.unwanted(copy, now_ms, actions)
             case Tick():
                 copies.expire(now_ms, actions)
-                self._suspects = {p: until_ms for p, until_ms in self._suspects.items() if until_ms > now_ms}
+                self._suspects = {p: life for p, life in self._suspects.items() if self._is_suspect(p, now_ms)}
                 self._assumed = {p: assumed for p, assumed in self._assumed.items() if self._assumed_bytes(p)}
                 actions += leader.plan(self.view, self.pod_id)
             case DrainStarted():
@@ -207,7 +209,7 @@ class Engine:
             return self._refuse_failed(failures)
         size_bytes = self.view.size_bytes(model_id)
         must_fit_bytes = self.view.measured(model_id) or 0
-        suspects = (pod_id for pod_id, until_ms in self._suspects.items() if until_ms > now_ms)
+        suspects = (pod_id for pod_id in self._suspects if self._is_suspect(pod_id, now_ms))
         unfit = {*exclude, *suspects, *(f.pod_id for f in failures)}
         pods = {**self.view.pods, self.pod_id: self.pod_record()}
         among = candidates(
@@ -238,9 +240,15 @@ class Engine:
             and pod_id != self.pod_id
             and pod_id in self.view.pods
             and pod_id not in exclude
-            and self._suspects.get(pod_id, 0) <= now_ms
+            and not self._is_suspect(pod_id, now_ms)
         ]
         return choose_holder(holders, self._in_flight, self._rng) if holders else None
+
+    def _is_suspect(self, pod_id: PodId, now_ms: int) -> bool:
+        """Whether the pod could not be reached a moment ago and has not been started anew since."""
+        until_ms, created = self._suspects.get(pod_id, (0, 0))
+        pod = self.view.pods.get(pod_id)
+        return until_ms > now_ms and (pod is None or pod.created == created)
 
     def _forward(self, pod_id: PodId, hop: Hop) -> Forward:
         self.stats.forwards += 1

@@ -24,7 +24,7 @@ def _modules(folder: str) -> set[str]:
 
 
 def test_operator_is_still_the_standard_librarys() -> None:
-    """design §2: `operator/` without `__init__.py` must not shadow it, not even for a Python started at the root."""
+    """`operator/` without `__init__.py` must not shadow it, not even for a Python started at the root."""
     assert operator.itemgetter(1)([1, 2]) == 2
     assert not (ROOT / "operator" / "__init__.py").exists()
     subprocess.run([sys.executable, "-c", "import operator; operator.itemgetter(0)"], cwd=ROOT, check=True)
@@ -43,7 +43,7 @@ def test_operator_is_still_the_standard_librarys() -> None:
     ],
 )
 def test_tables_and_folders_agree(folder: str, table: set[str], helpers: set[str]) -> None:
-    """design §2: a strategy, loader or registry is one file and one line of its table."""
+    """A strategy, loader or registry is one file and one line of its table."""
     assert _modules(folder) == table | helpers
 
 

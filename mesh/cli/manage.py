@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import wraps
+from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 import click
@@ -56,7 +58,13 @@ class Target:
         if self.as_json:
             print(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2))
         else:
-            Console().print(text, highlight=False)
+            _print(text)
+
+
+def _print(text: str | Table) -> None:
+    """Lines are as long as what they say; only a table on a terminal is made to fit."""
+    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
 
 
 def _targeted(command: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -91,8 +99,11 @@ def _loaded(target: Target, model_id: str, status: pb.ModelStatusInfo) -> int:
 def register(
     target: Target, model_id: str, uri: str, format_name: str, key: str, load_now: bool, wait: bool
 ) -> int | None:
-    """Register the model at URI under ID."""
-    info = pb.ModelInfo(type=format_name, path=uri, key=key)
+    """Register the model at URI under ID.
+
+    A path that exists here is made absolute; the pods must see it at the same place.
+    """
+    info = pb.ModelInfo(type=format_name, path=_absolute(uri), key=key)
     request = pb.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=load_now or wait, sync=wait)
     return _loaded(target, model_id, target.call(MODEL_MESH + "registerModel", request, pb.ModelStatusInfo))
 
@@ -148,7 +159,7 @@ def status(target: Target, model_id: str | None) -> int | None:
         for model in state.models:
             pods = ", ".join(copy.location for copy in model.status.modelCopyInfos)
             models.add_row(model.model_id, model.info.type, Status.Name(model.status.status), pods)
-        Console().print(models if state.models else "no models are registered", highlight=False)
+        _print(models if state.models else "no models are registered")
     return 0
 
 
@@ -189,7 +200,7 @@ def vmodel_set(
         owner=flags["owner"],
     )
     if uri:
-        request.modelInfo.CopyFrom(pb.ModelInfo(type=format_name, path=uri, key=key))
+        request.modelInfo.CopyFrom(pb.ModelInfo(type=format_name, path=_absolute(uri), key=key))
     return _show_vmodel(target, vmodel_id, target.call(MODEL_MESH + "setVModel", request, pb.VModelStatusInfo))
 
 
@@ -222,6 +233,11 @@ def _show_vmodel(target: Target, vmodel_id: str, status: pb.VModelStatusInfo) ->
         lines += status.targetModelStatus.errors
     target.show(status, "\n".join(lines))
     return 1 if status.status in (VStatus.NOT_FOUND, VStatus.TRANSITION_FAILED) else 0
+
+
+def _absolute(uri: str) -> str:
+    path = Path(uri)
+    return str(path.absolute()) if path.exists() else uri
 
 
 def _time(unix_ms: int) -> str:

@@ -1,4 +1,4 @@
-"""Three pod processes and a real etcd. Authority: issue 2, part 8 ("Tests"); design, section 4."""
+"""Three pod processes and a real etcd. Authority: docs/ARCHITECTURE.md, A death, and a farewell."""
 
 from __future__ import annotations
 

@@ -58,6 +58,15 @@ def test_a_models_life(run: Command) -> None:
     assert (done.returncode, done.stdout) == (1, "m  NOT_FOUND\n")
 
 
+def test_a_path_may_be_relative_to_where_the_command_runs(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.synthetic.json").write_text('{"size_bytes": 1000}')
+    monkeypatch.chdir(tmp_path)
+    done = run("register", "relative", "m.synthetic.json", "--format", "synthetic", "--wait")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "relative  LOADED")
+
+
 def test_the_mesh_as_a_table_and_as_json(run: Command) -> None:
     told(run("register", "shown", "synthetic", "--format", "synthetic", "--wait", "--output", "json"))
     table = run("status").stdout

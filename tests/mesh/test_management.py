@@ -1,5 +1,5 @@
-"""`mmesh.ModelMesh`, the calls for models, on both registries. Authority: research/modelmesh.md, section 1.1 (from
-model-mesh.proto and its comments)."""
+"""`mmesh.ModelMesh`, the calls for models, on both registries. Authority: ModelMesh's
+model-mesh.proto and its comments."""
 
 from __future__ import annotations
 
@@ -142,10 +142,22 @@ async def test_ensure_loaded_with_a_time_long_ago_pushes_nobody_out(mesh: Mesh, 
 
 @pytest.mark.parametrize("kind", ["mt:synthetic", "mt:synthetic:1", "mt:synthetic|pv:grpc-v2"])
 async def test_the_controllers_model_types_are_understood(a: Client, kind: str) -> None:
-    # research/modelmesh.md: ModelInfo.type as the ModelMesh controller writes it
+    # ModelMesh's controller: ModelInfo.type as the ModelMesh controller writes it
     info = mm.ModelInfo(type=kind, path="", key='{"disk_size_bytes":4,"storage_key":"s"}')
     request = mm.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True)
     assert (await a.call("registerModel", request)).status == Status.LOADED
+
+
+async def test_a_type_that_names_a_runtime_takes_the_format_from_the_key(a: Client) -> None:
+    # ModelMesh's controller: "rt:<runtime>" with the model's type in the key
+    key = '{"model_type":{"name":"synthetic","version":"1"}}'
+    request = mm.RegisterModelRequest(modelId="m", modelInfo=mm.ModelInfo(type="rt:triton-2.x", key=key), loadNow=True)
+    request.sync = True
+    assert (await a.call("registerModel", request)).status == Status.LOADED
+    request.modelInfo.key = ""
+    code, says = await a.refusal("registerModel", mm.RegisterModelRequest(modelId="n", modelInfo=request.modelInfo))
+    assert code == "INVALID_ARGUMENT"
+    assert "modelInfo.type 'rt:triton-2.x'" in says
 
 
 async def test_the_state_lists_pods_models_and_fates(mesh: Mesh, a: Client) -> None:

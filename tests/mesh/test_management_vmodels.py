@@ -1,5 +1,5 @@
-"""`mmesh.ModelMesh`, the calls for vmodels, on both registries. Authority: research/modelmesh.md, section 1.1 (from
-model-mesh.proto and VModelManager.java)."""
+"""`mmesh.ModelMesh`, the calls for vmodels, on both registries. Authority: ModelMesh's
+model-mesh.proto and VModelManager.java."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three pods in one process when pods, clients or the registry fail. Authority: design, sections 3, 4 and 7."""
+"""Three pods in one process when pods, clients or the registry fail. Authority: docs/ARCHITECTURE.md."""
 
 from __future__ import annotations
 

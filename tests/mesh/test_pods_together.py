@@ -1,4 +1,4 @@
-"""Three pods in one process: where requests go. Authority: design, sections 3 and 4; issue 2, part 4."""
+"""Three pods in one process: where requests go. Authority: docs/ARCHITECTURE.md, A request and A load."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_a_streams_errors_stay_in_band_and_the_stream_goes_on(seen: Seen) -> Non
     ],
 )
 def test_errors(seen: Seen, case: str, status: str, says: str) -> None:
-    # design, section 7: one status for each case
+    # docs/ARCHITECTURE.md, Errors: one status for each case
     found, message = seen["errors"][case]
     assert found == f"StatusCode.{status}", message
     assert says in message

@@ -1,4 +1,4 @@
-"""The books of one pod, exact to the byte (design §3)."""
+"""The books of one pod, exact to the byte (docs/ARCHITECTURE.md)."""
 
 from __future__ import annotations
 

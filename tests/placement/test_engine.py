@@ -1,4 +1,4 @@
-"""`Engine.route`, branch by branch as its docstring numbers them, and what it knows of other pods (design §4)."""
+"""`Engine.route`, branch by branch as its docstring numbers them, and what it knows of other pods."""
 
 from __future__ import annotations
 

@@ -96,6 +96,15 @@ def test_5_suspects_are_left_out_until_they_answer_or_time_has_passed(pod: Pod) 
     assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
 
 
+def test_5_a_suspect_that_was_started_anew_is_none(pod: Pod) -> None:
+    pod.view.apply(peer("p2", capacity_bytes=100, created=3))
+    pod.engine.forward_started("p2")
+    pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
+    assert _route(pod) == LoadHere()
+    pod.view.apply(peer("p2", capacity_bytes=100, created=9))
+    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+
+
 def test_5_a_failed_load_is_tried_elsewhere(pod: Pod) -> None:
     pod.want("a")
     pod.step(LoadFailed("a", "corrupt", False))
@@ -169,7 +178,7 @@ def test_6_draining(pod: Pod) -> None:
 
 @pytest.mark.parametrize("hop", [Hop.HIT_ONLY, Hop.LOAD_HERE])
 def test_what_was_forwarded_is_never_forwarded_again(pod: Pod, hop: Hop) -> None:
-    """Two hops at most (design §4)."""
+    """Two hops at most (docs/ARCHITECTURE.md)."""
     pod.view.apply(peer("p2", capacity_bytes=100))
     pod.view.apply(peer("p3", capacity_bytes=100))
     pod.view.apply(held("p2", "b"))

@@ -1,4 +1,4 @@
-"""Who finishes the transitions of vmodels, and how (research/modelmesh.md: a vmodel's target takes over when it is
+"""Who finishes the transitions of vmodels, and how (as in ModelMesh: a vmodel's target takes over when it is
 loaded; a failed one blocks, and the active model goes on serving)."""
 
 from __future__ import annotations

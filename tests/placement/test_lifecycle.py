@@ -1,4 +1,4 @@
-"""The table of a copy's life (design §3): every move that is not in it raises, and changes nothing."""
+"""The table of a copy's life (docs/ARCHITECTURE.md): every move that is not in it raises, and changes nothing."""
 
 from __future__ import annotations
 

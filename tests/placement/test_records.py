@@ -1,4 +1,4 @@
-"""Registry values and keys: what is written is read again, and whatever else is there is a BadRecord (design §7)."""
+"""Registry values and keys: what is written is read again, and whatever else is there is a BadRecord."""
 
 from __future__ import annotations
 

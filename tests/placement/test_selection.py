@@ -129,7 +129,7 @@ def test_a_burst_by_pods_that_do_not_see_each_other_spreads_by_hash() -> None:
 
 
 def test_each_pod_is_judged_by_its_own_record() -> None:
-    """ModelMesh's inverted ternary (MM.java:4909, research/modelmesh.md §7.3 row 1) judged all by the local one's: who
+    """ModelMesh's inverted ternary (ModelMesh.java:4909) judged all by the local one's: who
     is full is not chosen, wherever it stands in the list and whoever asks."""
     full, free = peer("p1", used_bytes=10, oldest_used_ms=1), peer("p2", used_bytes=2)
     assert _choose([full, free], 4) == _choose([free, full], 4) == "p2"
