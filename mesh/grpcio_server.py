@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Final, NoReturn
-from urllib.parse import quote
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
-from mesh.errors import DeadlineExceeded, MeshError
+from mesh.errors import DeadlineExceeded, MeshError, shown
 from mesh.rpc import Call, Handlers, Stream, Unary
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
-
-MAX_DETAILS: Final = 4096
-"""Bytes of `grpc-message`, encoded: clients refuse headers of more than 8 KiB in all, and then see another error."""
-_PLAIN: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class GrpcioServer:
@@ -112,13 +107,5 @@ async def _abort(context: Any, error: MeshError, call: Call) -> NoReturn:
         trailers.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
     if call.reply_metadata:
         await context.send_initial_metadata(tuple(call.reply_metadata.items()))
-    await context.abort(_STATUS[error.code], _details(str(error)), tuple(trailers))
+    await context.abort(_STATUS[error.code], shown(str(error)), tuple(trailers))
     raise AssertionError("abort returned")
-
-
-def _details(text: str) -> str:
-    """The text as far as a trailer can carry it (gRPC over HTTP/2: UTF-8, percent-encoded)."""
-    text = text.encode(errors="replace").decode()
-    while len(quote(text, safe=_PLAIN)) > MAX_DETAILS:
-        text = f"{text[: len(text) * 3 // 4]} ..."
-    return text

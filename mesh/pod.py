@@ -15,8 +15,7 @@ from mesh.config import Config, reachable_host
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
 from mesh.errors import MeshError
-from mesh.grpcio_client import GrpcioClient
-from mesh.grpcio_server import GrpcioServer
+from mesh.frontends import Server, open_client, open_server
 from mesh.health import Health
 from mesh.inference import Inference
 from mesh.management import Management
@@ -27,7 +26,7 @@ from mesh.registry.base import Registry, RegistryError
 from mesh.repository import scan, to_key
 from mesh.residency import Residency
 from mesh.router import Router
-from mesh.rpc import Call, Handlers
+from mesh.rpc import Call, Client, Handlers
 from mesh.vmodels import VModels
 from placement.copies import Limits
 from placement.engine import Engine
@@ -84,8 +83,10 @@ class Pod:
         """
         config = self.config
         registry = self._registry or _open(config.registry)
-        client = GrpcioClient()
-        server = GrpcioServer(max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s)
+        client = open_client(config.frontend)
+        server = open_server(
+            config.frontend, max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s
+        )
         refused: CannotStart | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -103,9 +104,7 @@ class Pod:
         if refused is not None:
             raise refused
 
-    async def _live(
-        self, registry: Registry, server: GrpcioServer, client: GrpcioClient, tasks: asyncio.TaskGroup
-    ) -> None:
+    async def _live(self, registry: Registry, server: Server, client: Client, tasks: asyncio.TaskGroup) -> None:
         config = self.config
         port = _bind("gRPC", config.host, config.grpc_port, lambda: server.listen(_join(config.host, config.grpc_port)))
         self.address = config.advertise or _join(reachable_host(config.host, config.registry), port)

@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from mesh.config import Config
+from mesh.loop import new_event_loop
 from mesh.pod import CannotStart, Pod
 
 _TYPES = get_type_hints(Config)
@@ -80,7 +81,8 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
         source = context.get_parameter_source(name) or ParameterSource.DEFAULT
         print(f"{name} = {_toml(value)}  # {_SOURCES[source]}", file=sys.stderr)
     try:
-        asyncio.run(_run(Pod(config)))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_run(Pod(config)))
     except CannotStart as error:
         raise click.ClickException(str(error)) from None
     return 0
