@@ -57,6 +57,9 @@ class Connection(Control):
 
     def _frames(self, data: bytes) -> None:
         at, end = self._begin(data), len(data)
+        if at < 0:
+            self._tail = data
+            return
         unpack, others = HEAD.unpack_from, _OTHERS
         while end - at >= 9:
             high, low, kind, flags, stream_id = unpack(data, at)
@@ -232,7 +235,7 @@ class Connection(Control):
     # Hooks of the roles
 
     def _begin(self, data: bytes) -> int:
-        """Where frames begin in the data: after the preface, if the role expects one."""
+        """Where frames begin in the data: after the preface, if the role expects one; -1: there must be more first."""
         return 0
 
     def _headers(self, block: bytes, stream_id: int, *, ended: bool) -> None:

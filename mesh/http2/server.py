@@ -160,7 +160,7 @@ class ServerConnection(Connection):
         if data[: len(PREFACE)] != PREFACE[: len(data)]:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "not HTTP/2")
         if len(data) < len(PREFACE):
-            return 0  # too short for a frame, so it is kept as it is
+            return -1
         self._greeted = True
         return len(PREFACE)
 

@@ -1,5 +1,5 @@
 """Models that cannot be served, registered with a pod process: what the client is told, and that the pod goes on.
-Authority: issue 2, "Bad input gets"; design, section 7: a failed load is FAILED_PRECONDITION with the loader's reason."""
+Authority: issue 2, "Bad input gets"; design, section 7: a failed load is FAILED_PRECONDITION with its reason."""
 
 from __future__ import annotations
 
