@@ -52,6 +52,8 @@ class H2Client:
     async def call(
         self, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
     ) -> tuple[bytes, Mapping[str, str]]:
+        if not address:
+            raise PodUnavailable("the pod has no address")
         loop = asyncio.get_running_loop()
         if self._ticking is None:
             self._ticking = loop.call_later(TICK_S, self._tick)

@@ -307,6 +307,10 @@ class ServerProtocol(H2Protocol[ServerConnection]):
         else:
             work = cast(Coroutine[Any, Any, bytes], handler(call, message))
         server = self._server
+        if call.deadline <= self.connection.received_at:
+            work.close()
+            self._fail(stream, DeadlineExceeded(_LATE), None)
+            return
         spare = server.spare(self.loop)
         try:
             yielded = spare.step(work)

@@ -93,13 +93,13 @@ class Inference:
         return await self._router.walk(call, message, model_id, hop, self._infer_here)
 
     async def _infer_here(self, copy: Copy, call: Call, message: bytes) -> bytes:
-        """Decode, run in a thread, encode. `model_name` of the response is the name the client asked for."""
+        """Decode, run, encode. `model_name` of the response is the name the client asked for."""
         resident = self._driver.resident(copy.model.model_id)
         request = decode(message)
         inputs, outputs = check(request, resident.model.signature)
         _check_version(request.model_version, resident.settings, copy.model.model_id)
         _check_batch(inputs, resident.settings)
-        results = await self._driver.run(copy, lambda: _infer(resident.model, inputs, outputs))
+        results = await self._driver.run(copy, lambda: _infer(resident.model, inputs, outputs), len(message))
         asked = request.model_name or asked_name(call, copy.model.model_id)
         return encode(request, results, model_name=asked, model_version=resident.settings.version)
 

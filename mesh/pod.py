@@ -130,7 +130,7 @@ class Pod:
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
-        observed = metrics.Metrics(engine)
+        observed = metrics.Metrics(engine, driver.in_line)
         handlers = observed.timed(
             Inference(driver, router, directory, residency, self.serving.is_set).handlers()
             | management.handlers()

@@ -52,6 +52,10 @@ class Malformed(ValueError):
     """RFC 9113 §8.1.1: the stream ends with PROTOCOL_ERROR."""
 
 
+class BadBinary(ValueError):
+    """A `-bin` value is not base64."""
+
+
 class RequestHead:
     """The headers of a request."""
 
@@ -87,7 +91,7 @@ class ResponseHead:
         self.message = ""
         self.encoding = ""
         self.metadata: tuple[Pair, ...] = ()
-        self.fault: Malformed | None = None
+        self.fault: Malformed | BadBinary | None = None
 
 
 def request_head(fields: list[Field] | None) -> RequestHead:
@@ -110,6 +114,9 @@ def request_head(fields: list[Field] | None) -> RequestHead:
             head.content_length = int(length)
     except Malformed as malformed:
         head.fault = malformed
+        return head
+    except BadBinary as bad:
+        head.fault = (200, 13, str(bad))
         return head
     head.keys = frozenset([key for key, _ in head.metadata])
     head.path = found[b":path"].decode("latin-1")
@@ -146,7 +153,7 @@ def response_head(fields: list[Field] | None) -> ResponseHead:
         found, head.metadata = _split(fields)
         if not found.keys().isdisjoint(_PSEUDO):
             raise Malformed("a response has a request's pseudo-headers")
-    except Malformed as malformed:
+    except (Malformed, BadBinary) as malformed:
         head.fault = malformed
         return head
     head.http_status = http_status.decode("latin-1")
@@ -163,7 +170,7 @@ def _split(fields: list[Field]) -> tuple[dict[bytes, bytes], tuple[Pair, ...]]:
     """Fields with a meaning here, and metadata.
 
     Raises:
-        Malformed
+        Malformed, BadBinary
     """
     found: dict[bytes, bytes] = {}
     metadata: list[Pair] = []
@@ -191,7 +198,7 @@ def _pairs_of(field: Field) -> tuple[Pair, ...] | None:
     """What a field is to a handler. `-bin` values are base64 with or without padding, several joined by commas.
 
     Raises:
-        Malformed
+        Malformed, BadBinary
     """
     name, value = field
     pairs: tuple[Pair, ...] | None
@@ -201,7 +208,10 @@ def _pairs_of(field: Field) -> tuple[Pair, ...] | None:
         raise Malformed(f"field {name[:64]!r} is not allowed")  # §8.2.1, §8.2.2
     elif name.endswith(b"-bin"):
         key = name.decode()
-        pairs = tuple([(key, from_base64(part)) for part in value.split(b",")])
+        try:
+            pairs = tuple([(key, from_base64(part)) for part in value.split(b",")])
+        except binascii.Error:
+            raise BadBinary(f"the value of {key[:64]!r} is not base64") from None
     else:
         pairs = ((name.decode(), value.decode("latin-1")),)
     if _BAD_VALUE.search(value):
@@ -227,13 +237,10 @@ def fields_of(metadata: tuple[Pair, ...] | list[Pair]) -> list[Field]:
 def from_base64(text: bytes) -> bytes:
     """
     Raises:
-        Malformed
+        binascii.Error
     """
     text = text.strip(b" \t").rstrip(b"=")
-    try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except binascii.Error:
-        raise Malformed("a -bin value is not base64") from None
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
 def _is_grpc(content_type: bytes) -> bool:
