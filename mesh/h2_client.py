@@ -86,6 +86,7 @@ class H2Client:
         peers, self._peers = self._peers, {}
         for peer in peers.values():
             peer.close()
+        await asyncio.sleep(0)  # transports tell that they are closed in the next turn of the loop
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None

@@ -31,6 +31,8 @@ _PLAIN_HEAD: Final = literal(RESPONSE)
 _KEPT_HEADS: Final = 1_024
 _UNSENT_BYTES: Final = 1 << 20
 """A stream's handler waits while more than this waits to be sent."""
+_FAREWELL_S: Final = 0.5
+"""For clients to take the last bytes."""
 _LATE: Final = "the deadline passed before the request was served"
 
 
@@ -124,6 +126,11 @@ class H2Server:
             protocol.close()
         if self.tasks:
             await asyncio.wait(self.tasks)
+        deadline = loop.time() + _FAREWELL_S
+        while self.connections and loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for protocol in list(self.connections):
+            protocol.abort()
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None

@@ -142,11 +142,11 @@ async def test_streams(frontend: str) -> None:
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize("frontend", ["h2", "grpcio"])
-async def test_stopping_lets_calls_end(frontend: str) -> None:
+async def test_stopping_lets_calls_end() -> None:
+    """Also those that were under way to the server when it said goodbye; grpcio's server cancels these."""
     handled = Handled()
     async with (
-        serving(frontend, handled) as (server, address),
+        serving("h2", handled) as (server, address),
         grpc.aio.insecure_channel(address, options=OPTIONS) as channel,
     ):
         ending = [channel.unary_unary("/test/later")(b"ab", timeout=TIMEOUT_S) for _ in range(20)]
