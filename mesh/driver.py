@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from loaders import loader_for
@@ -19,6 +19,7 @@ from loaders.artifacts import resolve
 from loaders.base import Artifact, LoadedModel, LoaderError
 from mesh import __version__
 from mesh.errors import ModelNotFound
+from mesh.plans import Plans
 from mesh.publisher import Publisher
 from mesh.repository import ModelSettings, from_key
 from mesh.workers import InLine, Workers
@@ -65,6 +66,7 @@ class Resident:
 
     model: LoadedModel
     settings: ModelSettings
+    plans: Plans = field(default_factory=Plans)
 
 
 class Driver:

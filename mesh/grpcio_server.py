@@ -85,7 +85,8 @@ class GrpcioServer:
         remaining_s = context.time_remaining()
         timeout_s = self._default_timeout_s if remaining_s is None else remaining_s
         metadata = [(key, value) for key, value in context.invocation_metadata()]
-        return Call(path, metadata, asyncio.get_running_loop().time() + timeout_s)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        return Call(path, metadata, deadline, keys=frozenset([key for key, _ in metadata]))
 
 
 class _ByPath(grpc.GenericRpcHandler):  # type: ignore[misc]

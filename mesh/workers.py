@@ -20,7 +20,7 @@ T = TypeVar("T")
 FAST_S: Final = 200e-6
 """A run below this is fast."""
 SLOW_S: Final = 1e-3
-"""A run in line above this ends running in line."""
+"""A run above this weighs four times as much as one above FAST_S; one alone may be the system's doing."""
 TURN_S: Final = 2e-3
 """Time for runs in line in one turn of the loop; what comes after it goes to the threads."""
 _ENTER: Final = 8
@@ -30,7 +30,8 @@ _PENALTY: Final = -64
 
 
 class Pace:
-    """How fast a model was with requests of one order of magnitude."""
+    """How fast a model was with requests of one order of magnitude. Written by the loop and the threads without a lock:
+    a count that is lost does no harm."""
 
     __slots__ = ("in_line", "score")
 
@@ -46,8 +47,8 @@ class Pace:
                 if self.score == _ENTER:
                     self.in_line = True
         else:
-            self.score = max(self.score - 2, _PENALTY)
-            if self.in_line and (self.score < 0 or elapsed_s > SLOW_S):
+            self.score = max(self.score - (2 if elapsed_s < SLOW_S else 8), _PENALTY)
+            if self.in_line and self.score < 0:
                 self.in_line, self.score = False, _PENALTY
 
 
