@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loaders import LOADERS
+from mesh.frontends import FRONTENDS
 from mesh.registry import REGISTRIES
 from placement.policies import POLICIES
 
@@ -75,6 +76,7 @@ class Config:
     run_threads: int = _setting(os.cpu_count() or 1, "Threads that run models.")
     allow_code: str = _setting("", f"Files that may run their author's code: any of {','.join(_CODE)}.")
     preload: str = _setting("", "Formats whose framework is imported before serving, e.g. onnx,sklearn.")
+    frontend: str = _setting("h2", f"What serves gRPC: {', '.join(FRONTENDS)}.")
     max_message: str = _setting("64MiB", "Largest request accepted.")
     request_timeout_s: float = _setting(120.0, "Deadline of requests that come without one.")
     drain_timeout_s: float = _setting(20.0, "How long running requests may go on at shutdown.")
@@ -122,6 +124,8 @@ class Config:
         if "://" not in self.registry or scheme not in REGISTRIES:
             known = ", ".join(f"{scheme}://" for scheme in REGISTRIES)
             return f"--registry: expected a URL that starts with one of {known}"  # what was found may hold a password
+        if self.frontend not in FRONTENDS:
+            return f"--frontend: expected one of {', '.join(FRONTENDS)}, found {self.frontend!r}"
         if self.policy not in POLICIES:
             return f"--policy: expected one of {', '.join(POLICIES)}, found {self.policy!r}"
         if unknown := self.allowed_code - set(_CODE):

@@ -21,6 +21,11 @@ MAX_ID_BYTES: Final = 512
 _MISS_TTL_S: Final = 1.0
 _MISSES: Final = 10_000
 
+_NAMING: Final = frozenset(
+    f"{key}{suffix}" for key in ("mm-model-id", "mm-vmodel-id", "mm-required") for suffix in ("", "-bin")
+)
+"""Headers that say which model a call means."""
+
 
 class Directory:
     """Names to registered models."""
@@ -41,6 +46,10 @@ class Directory:
             InvalidRequest: no name, both headers, or a name that cannot be one.
             ModelNotFound, RegistryUnavailable, Unimplemented
         """
+        if call.keys is not None and call.keys.isdisjoint(_NAMING):
+            name = peek_string(message, field_number)
+            if name in self._view.models and name not in self._view.vmodels:
+                return name  # registered, so it can be a name
         models, vmodels = call.texts("mm-model-id"), call.texts("mm-vmodel-id")
         if call.texts("mm-required"):
             raise Unimplemented("header mm-required (one request to several models) is not supported")

@@ -1,7 +1,7 @@
 """The engine's only caller: events go in, actions are carried out, their outcomes go in again as events.
 
 Everything here runs on the event loop's thread except what frameworks do: sizing, loading and unloading in `loading`
-threads, inference in `running` threads.
+threads, and inference in `workers`, unless it is so short that it runs here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from loaders import loader_for
@@ -19,8 +19,10 @@ from loaders.artifacts import resolve
 from loaders.base import Artifact, LoadedModel, LoaderError
 from mesh import __version__
 from mesh.errors import ModelNotFound
+from mesh.plans import Plans
 from mesh.publisher import Publisher
 from mesh.repository import ModelSettings, from_key
+from mesh.workers import InLine, Workers
 from placement.cache import Copy
 from placement.engine import Engine
 from placement.messages import (
@@ -64,6 +66,7 @@ class Resident:
 
     model: LoadedModel
     settings: ModelSettings
+    plans: Plans = field(default_factory=Plans)
 
 
 class Driver:
@@ -95,7 +98,9 @@ class Driver:
         slots = engine.limits.load_slots
         self._loading = ThreadPoolExecutor(slots, "load")
         self._housekeeping = ThreadPoolExecutor(2, "housekeeping")
-        self._running = ThreadPoolExecutor(run_threads, "run")
+        loop = asyncio.get_running_loop()
+        self._workers = Workers(run_threads, loop)
+        self.in_line = InLine(loop)
 
     def lead_with(
         self,
@@ -140,23 +145,25 @@ class Driver:
         if actions:
             self._carry_out(actions)
 
-    async def run(self, copy: Copy, work: Callable[[], T]) -> T:
-        """Run blocking work on a copy in a thread; the copy stays pinned until the thread has ended, which may be after
-        the caller was cancelled."""
+    async def run(self, copy: Copy, work: Callable[[], T], size_bytes: int) -> T:
+        """Run a model on a request of about this size, on a copy that the caller has pinned: here and now if that is
+        known to be fast and nobody waits for a thread, else in a thread.
+
+        A thread cannot be stopped: the copy stays pinned until it has ended, which may be after the caller was
+        cancelled. What no thread has begun by then is never begun.
+        """
+        pace = self.in_line.pace(copy.model.model_id, size_bytes)
+        if pace.in_line and self.in_line.has_time and not self._workers.is_queueing:
+            return self.in_line.run(pace, work)
         self.engine.pin(copy)
-        future = asyncio.get_running_loop().run_in_executor(self._running, work)
+        job = self._workers.submit(work, pace)
         try:
-            return await asyncio.shield(future)
+            return await job.future
         finally:
-            if future.done():
+            if job.ended or job.withdraw():
                 self.unpin(copy)
             else:
-                future.add_done_callback(lambda done: self._abandoned(copy, done))
-
-    def _abandoned(self, copy: Copy, done: asyncio.Future[T]) -> None:
-        if not done.cancelled():
-            done.exception()  # the caller is gone; nobody else asks
-        self.unpin(copy)
+                job.on_end(lambda: self.unpin(copy))
 
     # Events and actions
 
@@ -197,8 +204,8 @@ class Driver:
             await asyncio.to_thread(resident.model.unload)
 
     def _end_threads(self) -> None:
-        for pool in (self._running, self._loading):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
+        self._loading.shutdown(wait=True, cancel_futures=True)
         self._housekeeping.shutdown(wait=True)
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
@@ -286,6 +293,7 @@ class Driver:
         if self._closed:
             return
         resident = self._loaded.pop(model_id)
+        self.in_line.forget(model_id)
         await asyncio.get_running_loop().run_in_executor(self._housekeeping, resident.model.unload)
         log.info("copy %s UNLOADING -> gone", model_id)
         self.step(UnloadFinished(model_id))

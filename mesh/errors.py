@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from typing import ClassVar, Final
+from urllib.parse import quote
 
 
 class Code(IntEnum):
@@ -151,6 +152,9 @@ class InternalError(MeshError):
 
     code = Code.INTERNAL
 
+    def __init__(self) -> None:
+        super().__init__("the server could not handle this request; its log says why")
+
 
 BY_REASON: Final[dict[str, type[MeshError]]] = {
     error.reason: error for error in (LoadFailed, LoadUnavailable, NoRoom, NotHere, PodUnavailable)
@@ -169,3 +173,33 @@ BY_CODE: Final[dict[Code, type[MeshError]]] = {
     Code.CANCELLED: PodUnavailable,  # not by us: the peer ends and has given its calls up
 }
 """How a peer's status becomes an error again when no reason came with it."""
+
+
+def answer_of(status: int, reason: str, details: str, *, address: str, retry_after_ms: int | None) -> MeshError:
+    """A peer's answer as an error of ours; a peer that is not there gives no reason."""
+    code = Code(status) if status in Code.__members__.values() else Code.UNKNOWN
+    kind = BY_REASON.get(reason) or BY_CODE.get(code, MeshError)
+    if kind is PodUnavailable:
+        return PodUnavailable(f"{address}: {details}")
+    raised = kind(details or code.name)
+    if retry_after_ms is not None:
+        raised.retry_after_ms = retry_after_ms
+    return raised
+
+
+MAX_DETAILS: Final = 4096
+"""Bytes of `grpc-message`, encoded: clients refuse headers of more than 8 KiB in all, and then see another error."""
+_PLAIN: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+def encoded(text: str) -> str:
+    """`grpc-message`: UTF-8, percent-encoded (gRPC over HTTP/2)."""
+    return quote(text, safe=_PLAIN)
+
+
+def shown(text: str) -> str:
+    """The text as far as a trailer can carry it once it is encoded."""
+    text = text.encode(errors="replace").decode()
+    while len(encoded(text)) > MAX_DETAILS:
+        text = f"{text[: len(text) * 3 // 4]} ..."
+    return text

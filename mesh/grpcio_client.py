@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from mesh.errors import BY_CODE, BY_REASON, Code, MeshError, PodUnavailable
+from mesh.errors import MeshError, PodUnavailable, answer_of
 from mesh.rpc import Metadata
 
 _OPTIONS = [
@@ -79,14 +79,13 @@ class GrpcioClient:
 
 
 def _as_mesh_error(error: grpc.aio.AioRpcError, address: str) -> MeshError:
-    """The peer's answer as an error of ours; a peer that is not there has no `densemesh-reason`."""
+    """The peer's answer as an error of ours."""
     trailers = dict(error.trailing_metadata() or ())
-    code = Code(error.code().value[0])
-    kind = BY_REASON.get(str(trailers.get("densemesh-reason", ""))) or BY_CODE.get(code, MeshError)
-    if kind is PodUnavailable:
-        return PodUnavailable(f"{address}: {error.details()}")
-    raised = kind(error.details() or code.name)
     pushback = trailers.get("grpc-retry-pushback-ms")
-    if isinstance(pushback, str) and pushback.isdigit():
-        raised.retry_after_ms = int(pushback)
-    return raised
+    return answer_of(
+        error.code().value[0],
+        str(trailers.get("densemesh-reason", "")),
+        error.details() or "",
+        address=address,
+        retry_after_ms=int(pushback) if isinstance(pushback, str) and pushback.isdigit() else None,
+    )

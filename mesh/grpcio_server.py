@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, Final, NoReturn
-from urllib.parse import quote
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
-from mesh.errors import DeadlineExceeded, InternalError, MeshError
+from mesh.errors import DeadlineExceeded, InternalError, MeshError, shown
 from mesh.rpc import Call, Handlers, Stream, Unary
 
 log = logging.getLogger(__name__)
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
-
-MAX_DETAILS: Final = 4096
-"""Bytes of `grpc-message`, encoded: clients refuse headers of more than 8 KiB in all, and then see another error."""
-_PLAIN: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class GrpcioServer:
@@ -74,7 +69,7 @@ class GrpcioServer:
                 await _abort(context, error, call)
             except Exception:
                 log.exception("%s broke", path)
-                await _abort(context, InternalError("the server could not handle this request; its log says why"), call)
+                await _abort(context, InternalError(), call)
             if call.reply_metadata:
                 await context.send_initial_metadata(tuple(call.reply_metadata.items()))
             return response
@@ -91,7 +86,7 @@ class GrpcioServer:
                 await _abort(context, error, call)
             except Exception:
                 log.exception("%s broke", path)
-                await _abort(context, InternalError("the server could not handle this stream; its log says why"), call)
+                await _abort(context, InternalError(), call)
 
         return grpc.stream_stream_rpc_method_handler(serve)
 
@@ -99,7 +94,8 @@ class GrpcioServer:
         remaining_s = context.time_remaining()
         timeout_s = self._default_timeout_s if remaining_s is None else remaining_s
         metadata = [(key, value) for key, value in context.invocation_metadata()]
-        return Call(path, metadata, asyncio.get_running_loop().time() + timeout_s)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        return Call(path, metadata, deadline, keys=frozenset([key for key, _ in metadata]))
 
 
 class _ByPath(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -121,13 +117,5 @@ async def _abort(context: Any, error: MeshError, call: Call) -> NoReturn:
         trailers.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
     if call.reply_metadata:
         await context.send_initial_metadata(tuple(call.reply_metadata.items()))
-    await context.abort(_STATUS[error.code], _details(str(error)), tuple(trailers))
+    await context.abort(_STATUS[error.code], shown(str(error)), tuple(trailers))
     raise AssertionError("abort returned")
-
-
-def _details(text: str) -> str:
-    """The text as far as a trailer can carry it (gRPC over HTTP/2: UTF-8, percent-encoded)."""
-    text = text.encode(errors="replace").decode()
-    while len(quote(text, safe=_PLAIN)) > MAX_DETAILS:
-        text = f"{text[: len(text) * 3 // 4]} ..."
-    return text

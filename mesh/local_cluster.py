@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from mesh.child import free_ports, spawn
 from mesh.errors import MeshError
-from mesh.grpcio_client import GrpcioClient
+from mesh.h2_client import H2Client
 from mesh.local_etcd import LocalEtcd
 from mesh.management import MESH
 from mesh.rpc import Client
@@ -137,7 +137,7 @@ async def ready(pods: Sequence[LocalPod]) -> None:
     Raises:
         ClusterError: one ended, or START_TIMEOUT_S passed.
     """
-    client = GrpcioClient()
+    client = H2Client()
     pod_ids = {pod.pod_id for pod in pods}
     try:
         async with asyncio.timeout(START_TIMEOUT_S):

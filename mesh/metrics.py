@@ -5,17 +5,21 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from http.server import ThreadingHTTPServer
+from itertools import accumulate
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Histogram, MetricsHandler
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, MetricsHandler
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from mesh.errors import Code, MeshError
 from mesh.rpc import Call, Handlers, Unary
+from mesh.workers import InLine
 from placement.engine import Engine
 from placement.lifecycle import CopyState
 
@@ -25,21 +29,35 @@ _POLL_S: Final = 0.1
 """How often the server looks whether it should end (start_http_server: every half second)."""
 
 
+class _Cell:
+    """One histogram. prometheus_client's takes a lock twice for each observation; this one is written by the loop's
+    thread only, and a scrape in between may miss the last observation."""
+
+    __slots__ = ("counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_BUCKETS_S) + 1)
+        self.sum_s = 0.0
+
+    def observe(self, elapsed_s: float) -> None:
+        self.counts[bisect_left(_BUCKETS_S, elapsed_s)] += 1
+        self.sum_s += elapsed_s
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative, as Prometheus has them."""
+        bounds = [*map(floatToGoString, _BUCKETS_S), "+Inf"]
+        return list(zip(bounds, accumulate(map(float, self.counts)), strict=True))
+
+
 class Metrics(Collector):
     """The metrics of one pod, in a registry of its own so that several pods fit in one process."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, in_line: InLine | None = None) -> None:
         self._engine = engine
+        self._in_line = in_line
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
-        self._seconds = Histogram(
-            "densemesh_request_seconds",
-            "Time from a request's arrival to its response, by RPC and gRPC status.",
-            ("method", "code"),
-            buckets=_BUCKETS_S,
-            registry=self.registry,
-        )
-        self._cells: dict[tuple[str, Code], Histogram] = {}
+        self._cells: dict[tuple[str, Code], _Cell] = {}
 
     def timed(self, handlers: Handlers) -> Handlers:
         """The same handlers, observed."""
@@ -62,10 +80,10 @@ class Metrics(Collector):
 
         return timed
 
-    def _cell(self, method: str, code: Code) -> Histogram:
+    def _cell(self, method: str, code: Code) -> _Cell:
         cell = self._cells.get((method, code))
         if cell is None:
-            cell = self._cells[method, code] = self._seconds.labels(method, code.name)
+            cell = self._cells[method, code] = _Cell()
         return cell
 
     def collect(self) -> Iterator[Metric]:
@@ -87,6 +105,19 @@ class Metrics(Collector):
         models = GaugeMetricFamily("densemesh_models_registered", "Models in the registry, as this pod sees it.")
         models.add_metric((), len(engine.view.models))
         yield models
+        yield self._request_seconds()
+        if self._in_line is not None:
+            yield from _in_line(self._in_line)
+
+    def _request_seconds(self) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(
+            "densemesh_request_seconds",
+            "Time from a request's arrival to its response, by RPC and gRPC status.",
+            labels=("method", "code"),
+        )
+        for (method, code), cell in list(self._cells.items()):
+            family.add_metric((method, code.name), cell.buckets(), cell.sum_s)
+        return family
 
 
 class _Server6(ThreadingHTTPServer):
@@ -118,3 +149,14 @@ def _by_state(name: str, explanation: str, values: Iterable[tuple[CopyState, int
         if state is not CopyState.GONE:
             gauge.add_metric((state.value,), value)
     return gauge
+
+
+def _in_line(in_line: InLine) -> Iterator[Metric]:
+    yield CounterMetricFamily("densemesh_in_line_runs", "Model runs on the event loop.", value=in_line.runs)
+    for name, explanation, value in (
+        ("run", "The longest model run on the event loop.", in_line.longest_run_s),
+        ("turn", "The most that model runs took of one turn of the event loop.", in_line.longest_turn_s),
+    ):
+        gauge = GaugeMetricFamily(f"densemesh_in_line_longest_{name}_seconds", explanation)
+        gauge.add_metric((), value)
+        yield gauge

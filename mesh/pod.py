@@ -18,8 +18,7 @@ from mesh.config import Config, reachable_host
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
 from mesh.errors import MeshError
-from mesh.grpcio_client import GrpcioClient
-from mesh.grpcio_server import GrpcioServer
+from mesh.frontends import Server, open_client, open_server
 from mesh.health import Health
 from mesh.inference import Inference
 from mesh.management import Management
@@ -30,7 +29,7 @@ from mesh.registry.base import Registry, RegistryError
 from mesh.repository import scan, to_key
 from mesh.residency import Residency
 from mesh.router import Router
-from mesh.rpc import Call, Handlers
+from mesh.rpc import Call, Client, Handlers
 from mesh.vmodels import VModels
 from placement.copies import Limits
 from placement.engine import Engine
@@ -103,8 +102,10 @@ class Pod:
         """
         config = self.config
         registry = self._registry or _open(config.registry)
-        client = GrpcioClient()
-        server = GrpcioServer(max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s)
+        client = open_client(config.frontend)
+        server = open_server(
+            config.frontend, max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s
+        )
         refused: CannotStart | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -122,9 +123,7 @@ class Pod:
         if refused is not None:
             raise refused
 
-    async def _live(
-        self, registry: Registry, server: GrpcioServer, client: GrpcioClient, tasks: asyncio.TaskGroup
-    ) -> None:
+    async def _live(self, registry: Registry, server: Server, client: Client, tasks: asyncio.TaskGroup) -> None:
         host = self.config.host
         port = _bind("gRPC", host, self.config.grpc_port, lambda port: server.listen(_join(host, port)))
         self.address = self.config.advertise or _join(reachable_host(host, self.config.registry), port)
@@ -149,7 +148,7 @@ class Pod:
             await asyncio.to_thread(close_metrics)
             await parts.driver.close()
 
-    def _assemble(self, registry: Registry, client: GrpcioClient, tasks: asyncio.TaskGroup, port: int) -> _Parts:
+    def _assemble(self, registry: Registry, client: Client, tasks: asyncio.TaskGroup, port: int) -> _Parts:
         """Put the parts together; nothing runs yet."""
         config = self.config
         pod_id = config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
@@ -169,7 +168,7 @@ class Pod:
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
-        observed = metrics.Metrics(engine)
+        observed = metrics.Metrics(engine, driver.in_line)
         handlers = observed.timed(
             Inference(driver, router, directory, residency, self.serving.is_set).handlers()
             | management.handlers()
@@ -178,7 +177,7 @@ class Pod:
         )
         return _Parts(driver, publisher, mirror, management, observed, handlers)
 
-    async def _start(self, parts: _Parts, server: GrpcioServer, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:
+    async def _start(self, parts: _Parts, server: Server, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:
         """Know the mesh, be known to it, take calls; the task that keeps the pod known."""
         await asyncio.to_thread(_preload, self.config.preloaded)
         await _until_registry(parts.mirror.load)

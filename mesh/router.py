@@ -19,6 +19,7 @@ from placement.records import ModelId, PodId
 
 HOP: Final = "densemesh-hop"
 """Request header between pods: `hit` or `load`."""
+_HOP_BINARY: Final = f"{HOP}-bin"
 MODEL: Final = "densemesh-model-bin"
 """Request header between pods: the concrete model id, so that both agree what a vmodel meant."""
 CREATED: Final = "densemesh-created"
@@ -50,6 +51,8 @@ class Router:
         Raises:
             MeshError: see `Directory.resolve`.
         """
+        if call.keys is not None and HOP not in call.keys and _HOP_BINARY not in call.keys:
+            return await self._directory.resolve(call, message, field_number), Hop.CLIENT
         hops, models = call.texts(HOP), call.texts(MODEL.removesuffix("-bin"))
         if hops and models:
             known, created = self._engine.view.models.get(models[0]), call.texts(CREATED)

@@ -1,7 +1,7 @@
 """The port between gRPC front ends and everything behind them: bytes and plain types, nothing of grpcio.
 
 A front end turns each RPC into a `Call` and looks up its handler by path; what the handler returns is the response,
-and a `MeshError` it raises is the status. `mesh.grpcio_server` is one front end.
+and a `MeshError` it raises is the status. The front ends are in `mesh.frontends`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Call:
     """Event loop time at which the client gives up."""
     reply_metadata: dict[str, str] = field(default_factory=dict)
     """Response headers; handlers add to it before they return."""
+    keys: frozenset[str] | None = None
+    """The metadata's keys, where the front end knows them already."""
 
     def texts(self, key: str) -> list[str]:
         """The values of a key and of its `-bin` form, as text.
@@ -38,6 +40,8 @@ class Call:
             InvalidRequest: a `-bin` value is not UTF-8.
         """
         found: list[str] = []
+        if self.keys is not None and key not in self.keys and f"{key}-bin" not in self.keys:
+            return found
         for name, value in self.metadata:
             if name == key and isinstance(value, str):
                 found.append(value)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mesh.config import format_bytes
 from mesh.errors import MeshError
-from mesh.grpcio_client import GrpcioClient
+from mesh.h2_client import H2Client
 from mesh.management import MESH, MODEL_MESH
 from protos import management_pb2 as pb
 
@@ -43,7 +43,7 @@ class Target:
         return asyncio.run(self._call(method, request, kind))
 
     async def _call(self, method: str, request: Message, kind: type[M]) -> M:
-        client = GrpcioClient()
+        client = H2Client()
         try:
             deadline = asyncio.get_running_loop().time() + self.timeout_s
             response, _ = await client.call(self.address, method, request.SerializeToString(), (), deadline)

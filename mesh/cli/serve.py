@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from mesh.config import Config
+from mesh.loop import new_event_loop
 from mesh.pod import BadSetting, CannotStart, Pod
 
 _TYPES = get_type_hints(Config)
@@ -84,7 +85,8 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
         shown = _PASSWORD.sub("***", str(value)) if name == "registry" else value
         print(f"{name} = {_toml(shown)}  # {_SOURCES[source]}", file=sys.stderr)
     try:
-        asyncio.run(_run(Pod(config)))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_run(Pod(config)))
     except BadSetting as error:
         raise click.UsageError(str(error)) from None
     except CannotStart as error:

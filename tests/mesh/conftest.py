@@ -9,11 +9,18 @@ from pathlib import Path
 import pytest
 
 from mesh.driver import Driver
+from mesh.frontends import FRONTENDS
 from mesh.local_cluster import LocalPod, ready
 from mesh.registry import open_registry
 from tests.mesh.client import Client
 from tests.mesh.models import write_classifier, write_repository
 from tests.mesh.pods import Loads, Mesh, watch_loads
+
+
+@pytest.fixture(scope="module", params=FRONTENDS)
+def frontend(request: pytest.FixtureRequest) -> str:
+    """What serves the module's pod: tests through the port are run with each."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +39,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pod(tmp_path_factory: pytest.TempPathFactory, repository: Path, pod_settings: dict[str, str]) -> Iterator[LocalPod]:
+def pod(
+    tmp_path_factory: pytest.TempPathFactory, repository: Path, pod_settings: dict[str, str], frontend: str
+) -> Iterator[LocalPod]:
     """One `densemesh serve` process on that repository."""
-    settings = {"models": str(repository), "capacity": "256MiB", **pod_settings}
+    settings = {"models": str(repository), "capacity": "256MiB", "frontend": frontend, **pod_settings}
     process = LocalPod("pod-1", "memory://", tmp_path_factory.mktemp("pod") / "pod.log", settings)
     process.start()
     try:

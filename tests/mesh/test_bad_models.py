@@ -10,7 +10,7 @@ from pathlib import Path
 import joblib
 import pytest
 
-from mesh.grpcio_server import MAX_DETAILS
+from mesh.errors import MAX_DETAILS
 from mesh.local_cluster import LocalPod
 from protos import inference_pb2 as v2
 from protos import management_pb2 as mm

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from loaders.base import LoaderError
-from mesh.grpcio_client import GrpcioClient
+from mesh.h2_client import H2Client
 from mesh.rpc import Metadata
 from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
@@ -99,15 +99,15 @@ async def test_what_a_pod_sent_to_be_loaded_is_loaded_there(three: Mesh) -> None
 
 async def test_a_forward_carries_the_clients_headers(three: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, str | bytes]] = []
-    call = GrpcioClient.call
+    call = H2Client.call
 
     async def seen(
-        client: GrpcioClient, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
+        client: H2Client, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
     ) -> tuple[bytes, Mapping[str, str]]:
         sent.append(dict(metadata))
         return await call(client, address, method, message, metadata, deadline)
 
-    monkeypatch.setattr(GrpcioClient, "call", seen)
+    monkeypatch.setattr(H2Client, "call", seen)
     await three.register("m", load=True)
     (holder,) = three.holders("m")
     await three.seen_by_all("m", holder)

@@ -1,0 +1,176 @@
+"""Calls of the HTTP/2 front end while they run: how handlers are driven, and how they are given up."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from asyncio.tasks import _enter_task, _leave_task
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Final, Generic, TypeVar
+
+from mesh.errors import Code, MeshError, MessageTooLarge
+from mesh.http2.compression import NotCompressed, TooLarge, compress, decompress
+from mesh.http2.grpc import RequestHead
+from mesh.http2.streams import Stream
+from mesh.rpc import Call, Unary
+
+T = TypeVar("T")
+
+_IN_LINE_BYTES: Final = 4_096
+"""Compressed messages up to this size are decompressed on the loop: at deflate's most, 1032 to 1, that is 4 MiB."""
+_WORTH_BYTES: Final = 1_024
+"""Smaller answers are not compressed."""
+
+
+class Compressed(bytes):
+    """An answer that is compressed already."""
+
+
+class _Corrupt(MeshError):
+    """What came is not what the headers say."""
+
+    code = Code.INTERNAL
+
+
+class Spare(Generic[T]):
+    """A task that waits for something to do.
+
+    Most handlers end without ever waiting, and a task for each costs more than all the rest of a request. So a handler
+    takes its first step by hand, with a spare task as the current one, which is what timeouts and task groups ask for.
+    Only if it waits does the task take over; if not, the task serves the next request the same way.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._go: asyncio.Future[tuple[Coroutine[Any, Any, T], Any, Callable[[Coroutine[Any, Any, T]], Any]]]
+        self._go = loop.create_future()
+        self._begun = self._cancelled = False
+        self.task = loop.create_task(self._run())
+
+    def step(self, coroutine: Coroutine[Any, Any, T]) -> Any:
+        """The first step: what it waits for.
+
+        Raises:
+            StopIteration: it has ended, with that value.
+            Exception: what it raised.
+        """
+        _enter_task(self._loop, self.task)
+        try:
+            return coroutine.send(None)
+        finally:
+            _leave_task(self._loop, self.task)
+
+    def take_over(
+        self, coroutine: Coroutine[Any, Any, T], yielded: Any, conduct: Callable[[Coroutine[Any, Any, T]], Any]
+    ) -> None:
+        """Go on with a coroutine from where `step` left it, inside `conduct`."""
+        self._go.set_result((coroutine, yielded, conduct))
+
+    def cancel(self) -> None:
+        if self._begun:
+            self.task.cancel()
+        else:
+            self._cancelled = True  # once it waits where the coroutine waits, so that the coroutine learns of it
+
+    def dismiss(self) -> None:
+        """It is needed no more, and has nothing to do."""
+        self.task.cancel()
+
+    async def _run(self) -> None:
+        coroutine, yielded, conduct = await self._go
+        self._begun = True
+        if self._cancelled:
+            self.task.cancel()
+        await conduct(_resumed(coroutine, yielded))
+
+
+@types.coroutine
+def _resumed(coroutine: Coroutine[Any, Any, T], yielded: Any) -> Generator[Any, Any, T]:
+    """The rest of a coroutine that has yielded once already."""
+    while True:
+        try:
+            sent = yield yielded
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as error:
+            try:
+                yielded = coroutine.throw(error)
+            except StopIteration as done:
+                value: T = done.value
+                return value
+        else:
+            try:
+                yielded = coroutine.send(sent)
+            except StopIteration as done:
+                result: T = done.value
+                return result
+
+
+class Incoming:
+    """The messages of a streaming call, as its handler reads them."""
+
+    def __init__(self, head: RequestHead, most_bytes: int, on_taken: Callable[[], None]) -> None:
+        self._head = head
+        self._most_bytes = most_bytes
+        self._on_taken = on_taken
+        self._messages: deque[tuple[bytes, bool]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+        self.size = 0
+        """Bytes of messages that were not taken."""
+
+    def put(self, message: bytes, *, compressed: bool) -> None:
+        self._messages.append((message, compressed))
+        self.size += len(message)
+        self._wake()
+
+    def end(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Incoming:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._messages:
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        message, compressed = self._messages.popleft()
+        self.size -= len(message)
+        self._on_taken()
+        return await inflated(message, self._head, self._most_bytes) if compressed else message
+
+
+async def inflated(message: bytes, head: RequestHead, most_bytes: int) -> bytes:
+    """A message whose compressed flag is set; large ones are decompressed in a thread.
+
+    Raises:
+        MeshError
+    """
+    if not head.encoding:
+        raise _Corrupt("a message is compressed, and no grpc-encoding says how")
+    try:
+        if len(message) <= _IN_LINE_BYTES:
+            return decompress(message, head.encoding, most_bytes)
+        return await asyncio.to_thread(decompress, message, head.encoding, most_bytes)
+    except TooLarge:
+        raise MessageTooLarge(f"more than {most_bytes} bytes after decompression") from None
+    except NotCompressed as error:
+        raise _Corrupt(str(error)) from None
+
+
+async def unpacked(handler: Unary, call: Call, message: bytes, stream: Stream, most_bytes: int) -> bytes:
+    """A unary call with a compressed request: the answer is compressed in the same way, if the client takes that."""
+    head: RequestHead = stream.head
+    response = await handler(call, await inflated(message, head, most_bytes))
+    if head.encoding not in head.accepts or len(response) < _WORTH_BYTES:
+        return response
+    return Compressed(await asyncio.to_thread(compress, response, head.encoding))

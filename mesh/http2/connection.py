@@ -1,0 +1,280 @@
+"""The receiving half of a connection, for both roles: bytes to frames to streams to gRPC messages.
+
+`receive` never raises for what a peer sends: the connection ends with GOAWAY and the code of the rule that was broken,
+and `fault` says so. A role implements the hooks at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from mesh.http2 import frames
+from mesh.http2.control import Control
+from mesh.http2.frames import (
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    FRAME_BYTES,
+    HEAD,
+    HEADERS,
+    MAX_STREAM_ID,
+    PADDED,
+    SETTINGS,
+    WITH_PRIORITY,
+    ConnectionFault,
+    ErrorCode,
+)
+from mesh.http2.hpack import Decoder
+from mesh.http2.limits import Limits
+from mesh.http2.streams import TRANSITIONS, Move, State, Stream
+
+_RECV_DATA: Final = Move.RECV_DATA
+_RECV_END: Final = Move.RECV_END
+_SMALL: Final = 1_024
+"""Chunks smaller than this are gathered, or a message sent byte by byte would take forty times its size."""
+
+
+class Connection(Control):
+    """One connection of one role."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float], decoder: Decoder[Any]) -> None:
+        super().__init__(limits, clock, decoder)
+        self._recv_left = limits.connection_window
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the transport; answers are in `out`."""
+        if self.fault is not None:
+            return
+        self.received_at = self.clock()
+        try:
+            self._frames(self._tail + data if self._tail else data)
+        except ConnectionFault as fault:
+            self.fail(fault.code, str(fault))
+
+    # Frames
+
+    def _frames(self, data: bytes) -> None:
+        at, end = self._begin(data), len(data)
+        if at < 0:
+            self._tail = data
+            return
+        unpack, others = HEAD.unpack_from, _OTHERS
+        while end - at >= 9:
+            high, low, kind, flags, stream_id = unpack(data, at)
+            size = high << 8 | low
+            if size > FRAME_BYTES:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {size} bytes")  # §4.2
+            start = at + 9
+            stop = start + size
+            if stop > end:
+                break
+            at = stop
+            stream_id &= MAX_STREAM_ID  # §4.1: the reserved bit is ignored
+            if self._block is not None and (kind != CONTINUATION or stream_id != self._block_stream):
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a frame inside a header block")  # §6.10
+            if kind == DATA:
+                self._on_data(data, start, stop, flags, stream_id)
+            elif kind == HEADERS:
+                self._on_headers(data, start, stop, flags, stream_id)
+            elif not self.settled and kind != SETTINGS:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the first frame is not SETTINGS")  # §3.4
+            elif kind < len(others):
+                others[kind](self, data[start:stop], flags, stream_id)
+            else:
+                self._spend("unknown frames")  # §5.5: ignored
+            if self.fault is not None:
+                return
+        self._tail = data[at:] if at < end else b""
+
+    def _on_data(self, data: bytes, start: int, stop: int, flags: int, stream_id: int) -> None:
+        size = stop - start
+        self._recv_left -= size
+        if self._recv_left < self.limits.connection_window >> 1:
+            if self._recv_left < 0:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
+            self.out.append(frames.window_update(0, self.limits.connection_window - self._recv_left))
+            self._recv_left = self.limits.connection_window
+        if flags & PADDED:
+            start, stop = _unpadded(data, start, stop)
+        if start == stop and not flags & END_STREAM:
+            self._spend("empty data")
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            self._absent(stream_id, Move.RECV_DATA)
+            return
+        after = TRANSITIONS[stream.state][_RECV_DATA]
+        if after < 0:
+            self._broken(stream, ErrorCode.STREAM_CLOSED)
+            return
+        stream.recv_left -= size
+        if stream.recv_left < 0:
+            self._broken(stream, ErrorCode.FLOW_CONTROL_ERROR)
+            return
+        if stream.left >= 0:  # §8.1.1: a content-length that lies makes the message malformed
+            stream.left -= stop - start
+            if stream.left < 0 or (stream.left and flags & END_STREAM):
+                self._broken(stream, ErrorCode.PROTOCOL_ERROR)
+                return
+        if flags & END_STREAM:
+            stream.state = TRANSITIONS[stream.state][_RECV_END]  # type: ignore[assignment]
+            size = stop - start - 5
+            if (
+                stream.need == -1
+                and size >= 0
+                and not stream.prefix
+                and not data[start]
+                and int.from_bytes(data[start + 1 : start + 5], "big") == size
+                and size <= self.limits.max_message_bytes
+            ):  # the usual request: one frame holds all of it
+                self._message(stream, data[start + 5 : stop], compressed=False, ended=True)
+            else:
+                self._assemble(stream, data, start, stop, ended=True)
+            if stream.state is State.CLOSED and stream_id in self.streams:
+                self._forget(stream)
+            return
+        self._assemble(stream, data, start, stop, ended=False)
+        if stream.recv_left < self.limits.stream_window >> 1 and not stream.held:
+            self.credit(stream)
+
+    def credit(self, stream: Stream) -> None:
+        """Let the peer send a full window on the stream again."""
+        if stream.state in (State.OPEN, State.LOCAL) and stream.recv_left < self.limits.stream_window:
+            self.out.append(frames.window_update(stream.id, self.limits.stream_window - stream.recv_left))
+            stream.recv_left = self.limits.stream_window
+
+    def _assemble(self, stream: Stream, data: bytes, at: int, stop: int, *, ended: bool) -> None:
+        """Length-prefixed messages (gRPC over HTTP/2) out of data frames, whose borders mean nothing to them."""
+        while at < stop:
+            if stream.need < 0:
+                take = min(5 - len(stream.prefix), stop - at)
+                stream.prefix += data[at : at + take]
+                at += take
+                if len(stream.prefix) < 5:
+                    break
+                stream.flag, stream.need = stream.prefix[0], int.from_bytes(stream.prefix[1:], "big")
+                stream.size, stream.prefix = 0, b""
+                if stream.flag > 1:
+                    self._refused(stream, 13, f"compressed flag {stream.flag}, expected 0 or 1")
+                    return
+                if stream.need > self.limits.max_message_bytes:
+                    self._refused(stream, 8, f"a message of {stream.need} bytes, {self._most_bytes()}")
+                    return
+            take = min(stream.need, stop - at)
+            if take == stream.need and stream.chunks is None:
+                message, at = data[at : at + take], at + take
+            else:
+                self._gather(stream, data, at, take)
+                at += take
+                if self.buffered > self.limits.max_buffered_bytes:
+                    self._refused(stream, 8, "too many bytes of incomplete messages on this connection")
+                    return
+                if stream.need:
+                    break
+                message = b"".join(stream.chunks or ())
+                self.buffered -= stream.size
+                stream.chunks, stream.size = None, 0
+            stream.need = -1
+            self._message(stream, message, compressed=bool(stream.flag), ended=ended and at == stop)
+            if self.fault is not None or stream.id not in self.streams:
+                return
+            if ended and at == stop:
+                return
+        if ended:
+            if stream.need >= 0 or stream.prefix:
+                self._refused(stream, 13, "the stream ended inside a message")
+            else:
+                self._end(stream)
+
+    def _gather(self, stream: Stream, data: bytes, at: int, take: int) -> None:
+        stream.need -= take
+        stream.size += take
+        self.buffered += take
+        if stream.chunks is None:
+            stream.chunks = []
+        last = stream.chunks[-1] if stream.chunks else None
+        if take >= _SMALL:
+            stream.chunks.append(data[at : at + take])
+        elif isinstance(last, bytearray):
+            last += data[at : at + take]
+        else:
+            stream.chunks.append(bytearray(data[at : at + take]))
+
+    def _most_bytes(self) -> str:
+        return f"at most {self.limits.max_message_bytes} are accepted"
+
+    def _on_headers(self, data: bytes, start: int, stop: int, flags: int, stream_id: int) -> None:
+        if not self.settled:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+        if stream_id == 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "HEADERS on stream 0")
+        if flags & PADDED:
+            start, stop = _unpadded(data, start, stop)
+        if flags & WITH_PRIORITY:  # RFC 9113 §5.3: deprecated, ignored
+            if stop - start < 5:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS too short for its priority")
+            start += 5
+        if flags & END_HEADERS:
+            self._headers(data[start:stop], stream_id, ended=bool(flags & END_STREAM))
+        else:
+            self._block = bytearray(data[start:stop])
+            self._block_stream, self._block_flags, self._continuations = stream_id, flags, 0
+
+    def _on_continuation(self, payload: bytes, flags: int, stream_id: int) -> None:
+        if self._block is None:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
+        self._continuations += 1
+        self._block += payload
+        if len(self._block) > self.limits.max_block_bytes or self._continuations > self.limits.max_continuations:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "a header block without end")
+        if flags & END_HEADERS:
+            block, self._block = bytes(self._block), None
+            self._headers(block, stream_id, ended=bool(self._block_flags & END_STREAM))
+
+    # Hooks of the roles
+
+    def _begin(self, data: bytes) -> int:
+        """Where frames begin in the data: after the preface, if the role expects one; -1: there must be more first."""
+        return 0
+
+    def _headers(self, block: bytes, stream_id: int, *, ended: bool) -> None:
+        """A complete header block."""
+        raise NotImplementedError
+
+    def _message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
+        """A complete message; `ended`: the peer's last one."""
+        raise NotImplementedError
+
+    def _end(self, stream: Stream) -> None:
+        """The peer has ended its direction after its last message, or without one."""
+        raise NotImplementedError
+
+    def _refused(self, stream: Stream, code: int, text: str) -> None:
+        """What the peer sends cannot be taken; `code` is gRPC's."""
+        raise NotImplementedError
+
+
+def _unpadded(data: bytes, start: int, stop: int) -> tuple[int, int]:
+    """§6.1: padding may fill the payload except for its own length, and no more."""
+    if start == stop:
+        raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "a padded frame without padding length")
+    pad = data[start]
+    if pad >= stop - start:
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "more padding than payload")
+    return start + 1, stop - pad
+
+
+_OTHERS: Final[tuple[Callable[[Connection, bytes, int, int], None], ...]] = (
+    Connection._on_priority,
+    Connection._on_priority,
+    Connection._on_priority,
+    Connection._on_rst_stream,
+    Connection._on_settings,
+    Connection._on_push_promise,
+    Connection._on_ping,
+    Connection._on_goaway,
+    Connection._on_window_update,
+    Connection._on_continuation,
+)
+"""By kind; DATA and HEADERS are told apart before, for speed."""

@@ -1,0 +1,209 @@
+"""Threads that run models, and when a model runs on the event loop instead.
+
+Handing work to a thread and back costs 40 to 70 us alone, many times what a small model takes. So a model that was
+measured to be fast, with requests of that size, runs in line. The loop is never blocked by such runs for longer than
+TURN_S and one run in a turn, and a run longer than SLOW_S sends the model back to the threads at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final, Generic, TypeVar
+
+T = TypeVar("T")
+
+FAST_S: Final = 200e-6
+"""A run below this is fast."""
+SLOW_S: Final = 1e-3
+"""A run above this weighs four times as much as one above FAST_S; one alone may be the system's doing."""
+TURN_S: Final = 2e-3
+"""Time for runs in line in one turn of the loop; what comes after it goes to the threads."""
+_ENTER: Final = 8
+_MOST: Final = 16
+_PENALTY: Final = -64
+"""As many fast runs in threads, and _ENTER more, bring a model back in line."""
+
+
+class Pace:
+    """How fast a model was with requests of one order of magnitude. Written by the loop and the threads without a lock:
+    a count that is lost does no harm."""
+
+    __slots__ = ("in_line", "score")
+
+    def __init__(self) -> None:
+        self.score = 0
+        self.in_line = False
+
+    def measured(self, elapsed_s: float) -> None:
+        """Fast runs count up, slow ones down twice: a thread's run may have waited for the interpreter lock."""
+        if elapsed_s < FAST_S:
+            if self.score < _MOST:
+                self.score += 1
+                if self.score == _ENTER:
+                    self.in_line = True
+        else:
+            self.score = max(self.score - (2 if elapsed_s < SLOW_S else 8), _PENALTY)
+            if self.in_line and self.score < 0:
+                self.in_line, self.score = False, _PENALTY
+
+
+class InLine:
+    """Runs on the event loop, and what they cost it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._paces: dict[str, dict[int, Pace]] = {}
+        self._turn_s = 0.0
+        self._turning = False
+        self.runs = 0
+        """Runs on the loop."""
+        self.longest_run_s = 0.0
+        self.longest_turn_s = 0.0
+        """The most that runs took of one turn of the loop."""
+
+    def pace(self, model_id: str, size_bytes: int) -> Pace:
+        """Of a model with requests of about this size."""
+        paces = self._paces.get(model_id)
+        if paces is None:
+            paces = self._paces[model_id] = {}
+        magnitude = size_bytes.bit_length()
+        pace = paces.get(magnitude)
+        if pace is None:
+            pace = paces[magnitude] = Pace()
+        return pace
+
+    def forget(self, model_id: str) -> None:
+        """The model is not in memory any more; another may come under its name."""
+        self._paces.pop(model_id, None)
+
+    @property
+    def has_time(self) -> bool:
+        """Whether this turn of the loop has time for another run."""
+        return self._turn_s < TURN_S
+
+    def run(self, pace: Pace, work: Callable[[], T]) -> T:
+        """Run now; whatever the work raises is raised."""
+        if not self._turning:
+            self._turning = True
+            self._loop.call_soon(self._next_turn)
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            elapsed_s = time.perf_counter() - started
+            pace.measured(elapsed_s)
+            self.runs += 1
+            self._turn_s += elapsed_s
+            if elapsed_s > self.longest_run_s:
+                self.longest_run_s = elapsed_s
+
+    def _next_turn(self) -> None:
+        self.longest_turn_s = max(self.longest_turn_s, self._turn_s)
+        self._turn_s = 0.0
+        self._turning = False
+
+
+class Job(Generic[T]):
+    """Work for a thread."""
+
+    __slots__ = ("_on_end", "ended", "future", "pace", "state", "work")
+
+    def __init__(self, work: Callable[[], T], pace: Pace, future: asyncio.Future[T]) -> None:
+        self.work = work
+        self.pace = pace
+        self.future = future
+        self.state = deque((None,))
+        """Holds one token: whoever takes it, the thread or `withdraw`, decides whether the work is done."""
+        self.ended = False
+        self._on_end: Callable[[], None] | None = None
+
+    def withdraw(self) -> bool:
+        """Whether the work was taken back before a thread began it."""
+        return _took(self.state)
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call back once the thread has ended the work."""
+        self._on_end = callback
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """On the loop: tell whoever waits."""
+        self.ended = True
+        if not self.future.done():
+            if error is None:
+                self.future.set_result(result)
+            else:
+                self.future.set_exception(error)
+        if self._on_end is not None:
+            self._on_end()
+
+
+class Workers:
+    """Threads whose results cross to the loop in batches: one wake-up for all that are ready."""
+
+    def __init__(self, threads: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._done: deque[tuple[Job[Any], Any, BaseException | None]] = deque()
+        self._waking = False
+        self._threads = [threading.Thread(target=self._run, name=f"run-{n}", daemon=True) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def is_queueing(self) -> bool:
+        """Whether work waits for a thread."""
+        return not self._queue.empty()
+
+    def submit(self, work: Callable[[], T], pace: Pace) -> Job[T]:
+        """Have a thread do it; the job's future gets the result."""
+        job = Job(work, pace, self._loop.create_future())
+        self._queue.put(job)
+        return job
+
+    def close(self) -> None:
+        """Wait for what runs; what has not begun is left. Blocks."""
+        while self.is_queueing:
+            job = self._queue.get()
+            if job is not None:
+                job.withdraw()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if not _took(job.state):
+                continue
+            result, error = None, None
+            started = time.perf_counter()
+            try:
+                result = job.work()
+            except BaseException as raised:
+                error = raised
+            job.pace.measured(time.perf_counter() - started)
+            self._done.append((job, result, error))
+            del job, result, error
+            if not self._waking:
+                self._waking = True
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._waking = False  # before the first look: what is appended from now on wakes the loop again
+        while self._done:
+            job, result, error = self._done.popleft()
+            job.end(result, error)
+
+
+def _took(token: deque[None]) -> bool:
+    """Take the one token; deque.pop is atomic."""
+    try:
+        token.pop()
+    except IndexError:
+        return False
+    return True

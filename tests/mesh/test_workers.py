@@ -1,0 +1,95 @@
+"""Threads that run models, and the models that run on the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from mesh.workers import FAST_S, SLOW_S, TURN_S, InLine, Pace, Workers
+
+TIMEOUT_S = 30.0
+
+
+def test_fast_models_come_in_line_and_slow_ones_leave() -> None:
+    pace = Pace()
+    for _ in range(8):
+        assert not pace.in_line
+        pace.measured(FAST_S / 2)
+    assert pace.in_line
+    pace.measured(SLOW_S * 2)
+    assert pace.in_line  # the system may have been busy
+    pace.measured(SLOW_S * 2)
+    pace.measured(SLOW_S * 2)
+    assert not pace.in_line
+    for _ in range(70):
+        pace.measured(FAST_S / 2)
+        assert not pace.in_line
+    pace.measured(FAST_S / 2)
+    pace.measured(FAST_S / 2)
+    assert pace.in_line
+
+
+def test_a_model_that_is_slow_every_other_time_stays_out() -> None:
+    pace = Pace()
+    for n in range(1_000):
+        pace.measured(FAST_S * (n % 2 * 2))
+        assert not pace.in_line
+
+
+async def test_one_turn_has_a_bound() -> None:
+    in_line = InLine(asyncio.get_running_loop())
+    pace = in_line.pace("m", 100)
+    assert pace is in_line.pace("m", 127)
+    assert pace is not in_line.pace("m", 128)
+    while in_line.has_time:
+        in_line.run(pace, lambda: sum(range(5_000)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert in_line.has_time
+    assert in_line.longest_turn_s >= TURN_S
+    assert in_line.runs > 0
+    in_line.forget("m")
+    assert in_line.pace("m", 100) is not pace
+
+
+async def test_results_and_errors_cross_over() -> None:
+    workers = Workers(2, asyncio.get_running_loop())
+
+    def fail() -> int:
+        raise KeyError("x")
+
+    jobs = [workers.submit(lambda n=n: n, Pace()) for n in range(1_000)]  # type: ignore[misc]
+    assert await asyncio.gather(*(job.future for job in jobs)) == list(range(1_000))
+    with pytest.raises(KeyError):
+        await workers.submit(fail, Pace()).future
+    workers.close()
+
+
+async def test_work_is_withdrawn_or_awaited() -> None:
+    """A thread cannot be stopped; what it has not begun is never done."""
+    workers = Workers(1, asyncio.get_running_loop())
+    begun, gate, ended = threading.Event(), threading.Event(), asyncio.Event()
+
+    def block() -> None:
+        begun.set()
+        assert gate.wait(TIMEOUT_S)
+
+    running = workers.submit(block, Pace())
+    done: list[int] = []
+    waiting = workers.submit(lambda: done.append(1), Pace())
+    assert await asyncio.to_thread(begun.wait, TIMEOUT_S)
+    assert workers.is_queueing
+    assert not running.withdraw()
+    assert waiting.withdraw()
+    assert not waiting.withdraw()
+    running.future.cancel()
+    running.on_end(ended.set)
+    assert not running.ended
+    gate.set()
+    async with asyncio.timeout(TIMEOUT_S):
+        await ended.wait()
+    assert running.ended
+    workers.close()
+    assert done == []
