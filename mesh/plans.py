@@ -25,6 +25,7 @@ _RAW: Final = 7 << 3 | 2
 _RAW_OUTPUT: Final = bytes((6 << 3 | 2,))
 _KEPT_PLANS: Final = 64
 _KEY_BYTES: Final = 2_048
+_HEAD_BYTES: Final = 48
 
 
 @dataclass(slots=True)
@@ -48,14 +49,21 @@ class Plan:
 class Plans:
     """The plans of one loaded model."""
 
-    __slots__ = ("_plans",)
+    __slots__ = ("_plans", "_whole")
 
     def __init__(self) -> None:
         self._plans: dict[bytes, Plan] = {}
+        self._whole: dict[bytes, tuple[int, bytes, bytes, Plan]] = {}
+        """By first bytes, for requests with one tensor: the message's length, all before the tensor, the id's field."""
 
     def find(self, message: bytes) -> tuple[bytes | None, Plan | None, bytes, dict[str, Tensor]]:
         """The key, if the message has one; its plan, if there is one; then also the id's field and the inputs."""
         at, end = 0, len(message)
+        whole = self._whole.get(message[:_HEAD_BYTES])
+        if whole is not None and whole[0] == end and message.startswith(whole[1]):
+            _, prefix, id_field, known = whole  # the same but for the tensor, as in `wire.peek_string`
+            ((name, dtype, shape, _),) = known.inputs
+            return b"", known, id_field, {name: np.ndarray(shape, dtype, message[len(prefix) :])}
         id_start = id_stop = raw_start = 0
         spans: list[tuple[int, int]] = []
         try:
@@ -88,7 +96,12 @@ class Plans:
             if stop - start != size:
                 return key, None, b"", {}
             inputs[name] = np.ndarray(shape, dtype, message[start:stop])  # a copy: views would not be aligned
-        return key, plan, message[id_start:id_stop], inputs
+        id_field = message[id_start:id_stop]
+        if len(spans) == 1:
+            if len(self._whole) >= _KEPT_PLANS:
+                self._whole.clear()
+            self._whole[message[:_HEAD_BYTES]] = end, message[: spans[0][0]], id_field, plan
+        return key, plan, id_field, inputs
 
     def keep(self, key: bytes, request: DecodedRequest, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> None:
         """Remember a request that was found right, if those like it can be told from their bytes' sizes alone."""
@@ -98,6 +111,7 @@ class Plans:
             return  # BYTES and BOOL: also their values can be wrong
         if len(self._plans) >= _KEPT_PLANS:
             self._plans.clear()
+            self._whole.clear()
         shapes = tuple((name, array.dtype, array.shape, array.nbytes) for name, array in inputs.items())
         self._plans[key] = Plan(shapes, outputs, request.outputs)
 
