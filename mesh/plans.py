@@ -26,6 +26,8 @@ _RAW_OUTPUT: Final = bytes((6 << 3 | 2,))
 _KEPT_PLANS: Final = 64
 _KEY_BYTES: Final = 2_048
 _HEAD_BYTES: Final = 48
+_VIEWED_BYTES: Final = 65_536
+"""Arrays from this size on are copied once less; for smaller ones a view costs more than the copy."""
 
 
 @dataclass(slots=True)
@@ -121,13 +123,16 @@ def answered(plan: Plan, id_field: bytes, outputs: Mapping[str, Tensor]) -> byte
     answer = plan.answer
     if not answer or (not plan.requested and len(outputs) != len(answer)):
         return None
-    parts = [plan.named, id_field, plan.described]
+    parts: list[bytes | memoryview] = [plan.named, id_field, plan.described]
     for name, dtype, shape, head in answer:
         array = outputs.get(name)
         if array is None or array.dtype != dtype or array.shape != shape:
             return None
         parts.append(head)
-        parts.append(array.tobytes())
+        if array.nbytes < _VIEWED_BYTES or not array.flags.c_contiguous:
+            parts.append(array.tobytes())
+        else:
+            parts.append(array.reshape(-1).view(np.uint8).data)
     return b"".join(parts)
 
 

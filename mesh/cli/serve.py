@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import click
 from click.core import ParameterSource
 
+from loaders.memory import keep_message_buffers
 from mesh.config import Config
 from mesh.loop import new_event_loop
 from mesh.pod import CannotStart, Pod
@@ -81,6 +82,7 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
         source = context.get_parameter_source(name) or ParameterSource.DEFAULT
         print(f"{name} = {_toml(value)}  # {_SOURCES[source]}", file=sys.stderr)
     try:
+        keep_message_buffers()
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_run(Pod(config)))
     except CannotStart as error:
