@@ -135,7 +135,7 @@ class H2Server:
             self._ticking.cancel()
             self._ticking = None
         for spare in self._spares:
-            spare.dismiss()
+            spare.cancel()
         self._spares.clear()
 
     def _busy(self) -> bool:
