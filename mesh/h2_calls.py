@@ -17,6 +17,9 @@ from mesh.rpc import Call, Unary
 
 T = TypeVar("T")
 
+_Conduct = Callable[[Coroutine[Any, Any, T]], Coroutine[Any, Any, None]]
+_Begun = tuple[Coroutine[Any, Any, T], Any, _Conduct[T]]
+
 _IN_LINE_BYTES: Final = 4_096
 """Compressed messages up to this size are decompressed on the loop: at deflate's most, 1032 to 1, that is 4 MiB."""
 _WORTH_BYTES: Final = 1_024
@@ -43,10 +46,10 @@ class Spare(Generic[T]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._go: asyncio.Future[tuple[Coroutine[Any, Any, T], Any, Callable[[Coroutine[Any, Any, T]], Any]]]
-        self._go = loop.create_future()
-        self._begun = self._cancelled = False
+        self._go: asyncio.Future[_Begun[T]] = loop.create_future()
+        self._goes_on = False
         self.task = loop.create_task(self._run())
+        self.task.add_done_callback(self._ended)
 
     def step(self, coroutine: Coroutine[Any, Any, T]) -> Any:
         """The first step: what it waits for.
@@ -61,51 +64,60 @@ class Spare(Generic[T]):
         finally:
             _leave_task(self._loop, self.task)
 
-    def take_over(
-        self, coroutine: Coroutine[Any, Any, T], yielded: Any, conduct: Callable[[Coroutine[Any, Any, T]], Any]
-    ) -> None:
+    def take_over(self, coroutine: Coroutine[Any, Any, T], yielded: Any, conduct: _Conduct[T]) -> None:
         """Go on with a coroutine from where `step` left it, inside `conduct`."""
-        self._go.set_result((coroutine, yielded, conduct))
+        begun = coroutine, yielded, conduct
+        if self._go.done():
+            self._cancelled(begun)  # by itself, in its first step
+        else:
+            self._go.set_result(begun)
 
     def cancel(self) -> None:
-        if self._begun:
-            self.task.cancel()
-        else:
-            self._cancelled = True  # once it waits where the coroutine waits, so that the coroutine learns of it
-
-    def dismiss(self) -> None:
-        """It is needed no more, and has nothing to do."""
+        """Cancel what it does; without anything to do, it is needed no more."""
         self.task.cancel()
 
     async def _run(self) -> None:
         coroutine, yielded, conduct = await self._go
-        self._begun = True
-        if self._cancelled:
-            self.task.cancel()
+        self._goes_on = True
         await conduct(_resumed(coroutine, yielded))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not self._goes_on and self._go.done() and not self._go.cancelled():
+            self._cancelled(self._go.result())  # between the first step and the task's turn, by a timeout of 0 for one
+
+    def _cancelled(self, begun: _Begun[T]) -> None:
+        """The task has ended before it could go on: the coroutine must learn of it as any other does."""
+        self._goes_on = True
+        coroutine, yielded, conduct = begun
+        if isinstance(yielded, asyncio.Future):
+            yielded.cancel()
+        self.task = self._loop.create_task(conduct(_resumed(coroutine, yielded, asyncio.CancelledError())))
 
 
 @types.coroutine
-def _resumed(coroutine: Coroutine[Any, Any, T], yielded: Any) -> Generator[Any, Any, T]:
-    """The rest of a coroutine that has yielded once already."""
-    while True:
-        try:
-            sent = yield yielded
-        except GeneratorExit:
-            coroutine.close()
-            raise
-        except BaseException as error:
-            try:
-                yielded = coroutine.throw(error)
-            except StopIteration as done:
-                value: T = done.value
-                return value
-        else:
-            try:
+def _resumed(
+    coroutine: Coroutine[Any, Any, T], yielded: Any, error: BaseException | None = None
+) -> Generator[Any, Any, T]:
+    """The rest of a coroutine that has yielded once already; `error` is raised where it waits."""
+    sent: Any = None
+    try:
+        while True:
+            if error is None:
+                try:
+                    sent = yield yielded
+                except GeneratorExit:
+                    coroutine.close()
+                    raise
+                except BaseException as raised:
+                    error = raised
+            if error is None:
                 yielded = coroutine.send(sent)
-            except StopIteration as done:
-                result: T = done.value
-                return result
+            else:
+                thrown, error = error, None
+                yielded = coroutine.throw(thrown)
+    except StopIteration as done:
+        value: T = done.value
+        return value
 
 
 class Incoming:

@@ -135,7 +135,7 @@ class H2Server:
             self._ticking.cancel()
             self._ticking = None
         for spare in self._spares:
-            spare.dismiss()
+            spare.cancel()
         self._spares.clear()
 
     def _busy(self) -> bool:
@@ -399,6 +399,8 @@ class ServerProtocol(H2Protocol[ServerConnection]):
                     connection.start(stream, self._server.head(call))
                 connection.send_message(stream, response)
                 self.wake()
+                if connection.streams.get(stream.id) is not stream:
+                    return  # the client does not take what it is sent
                 while stream.queued > _UNSENT_BYTES:
                     room.clear()
                     await room.wait()

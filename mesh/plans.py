@@ -25,6 +25,9 @@ _RAW: Final = 7 << 3 | 2
 _RAW_OUTPUT: Final = bytes((6 << 3 | 2,))
 _KEPT_PLANS: Final = 64
 _KEY_BYTES: Final = 2_048
+_HEAD_BYTES: Final = 48
+_VIEWED_BYTES: Final = 65_536
+"""Arrays from this size on are copied once less; for smaller ones a view costs more than the copy."""
 
 
 @dataclass(slots=True)
@@ -48,14 +51,21 @@ class Plan:
 class Plans:
     """The plans of one loaded model."""
 
-    __slots__ = ("_plans",)
+    __slots__ = ("_plans", "_whole")
 
     def __init__(self) -> None:
         self._plans: dict[bytes, Plan] = {}
+        self._whole: dict[bytes, tuple[int, bytes, bytes, Plan]] = {}
+        """By first bytes, for requests with one tensor: the message's length, all before the tensor, the id's field."""
 
     def find(self, message: bytes) -> tuple[bytes | None, Plan | None, bytes, dict[str, Tensor]]:
         """The key, if the message has one; its plan, if there is one; then also the id's field and the inputs."""
         at, end = 0, len(message)
+        whole = self._whole.get(message[:_HEAD_BYTES])
+        if whole is not None and whole[0] == end and message.startswith(whole[1]):
+            _, prefix, id_field, known = whole  # the same but for the tensor, as in `wire.peek_string`
+            ((name, dtype, shape, _),) = known.inputs
+            return b"", known, id_field, {name: np.ndarray(shape, dtype, message[len(prefix) :])}
         id_start = id_stop = raw_start = 0
         spans: list[tuple[int, int]] = []
         try:
@@ -88,7 +98,12 @@ class Plans:
             if stop - start != size:
                 return key, None, b"", {}
             inputs[name] = np.ndarray(shape, dtype, message[start:stop])  # a copy: views would not be aligned
-        return key, plan, message[id_start:id_stop], inputs
+        id_field = message[id_start:id_stop]
+        if len(spans) == 1:
+            if len(self._whole) >= _KEPT_PLANS:
+                self._whole.clear()
+            self._whole[message[:_HEAD_BYTES]] = end, message[: spans[0][0]], id_field, plan
+        return key, plan, id_field, inputs
 
     def keep(self, key: bytes, request: DecodedRequest, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> None:
         """Remember a request that was found right, if those like it can be told from their bytes' sizes alone."""
@@ -98,6 +113,7 @@ class Plans:
             return  # BYTES and BOOL: also their values can be wrong
         if len(self._plans) >= _KEPT_PLANS:
             self._plans.clear()
+            self._whole.clear()
         shapes = tuple((name, array.dtype, array.shape, array.nbytes) for name, array in inputs.items())
         self._plans[key] = Plan(shapes, outputs, request.outputs)
 
@@ -107,13 +123,16 @@ def answered(plan: Plan, id_field: bytes, outputs: Mapping[str, Tensor]) -> byte
     answer = plan.answer
     if not answer or (not plan.requested and len(outputs) != len(answer)):
         return None
-    parts = [plan.named, id_field, plan.described]
+    parts: list[bytes | memoryview] = [plan.named, id_field, plan.described]
     for name, dtype, shape, head in answer:
         array = outputs.get(name)
         if array is None or array.dtype != dtype or array.shape != shape:
             return None
         parts.append(head)
-        parts.append(array.tobytes())
+        if array.nbytes < _VIEWED_BYTES or not array.flags.c_contiguous:
+            parts.append(array.tobytes())
+        else:
+            parts.append(array.reshape(-1).view(np.uint8).data)
     return b"".join(parts)
 
 

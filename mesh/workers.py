@@ -22,7 +22,8 @@ FAST_S: Final = 200e-6
 SLOW_S: Final = 1e-3
 """A run above this weighs four times as much as one above FAST_S; one alone may be the system's doing."""
 TURN_S: Final = 2e-3
-"""Time for runs in line in one turn of the loop; what comes after it goes to the threads."""
+"""Time for runs in line in one turn of the loop, or in this time if turns are shorter; what comes after it goes to the
+threads."""
 _ENTER: Final = 8
 _MOST: Final = 16
 _PENALTY: Final = -64
@@ -64,7 +65,7 @@ class InLine:
         """Runs on the loop."""
         self.longest_run_s = 0.0
         self.longest_turn_s = 0.0
-        """The most that runs took of one turn of the loop."""
+        """The most that runs took of one turn of the loop, or of TURN_S."""
 
     def pace(self, model_id: str, size_bytes: int) -> Pace:
         """Of a model with requests of about this size."""
@@ -90,7 +91,7 @@ class InLine:
         """Run now; whatever the work raises is raised."""
         if not self._turning:
             self._turning = True
-            self._loop.call_soon(self._next_turn)
+            self._loop.call_later(TURN_S, self._next_turn)  # call_soon, at every turn, would cost as much as a run
         started = time.perf_counter()
         try:
             return work()

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import click
 from click.core import ParameterSource
 
+from loaders.memory import keep_message_buffers
 from mesh.config import Config
 from mesh.loop import new_event_loop
 from mesh.pod import BadSetting, CannotStart, Pod
@@ -85,6 +86,7 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
         shown = _PASSWORD.sub("***", str(value)) if name == "registry" else value
         print(f"{name} = {_toml(shown)}  # {_SOURCES[source]}", file=sys.stderr)
     try:
+        keep_message_buffers()
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_run(Pod(config)))
     except BadSetting as error:

@@ -137,9 +137,11 @@ class ServerConnection(Connection):
 
     def _conclude(self, stream: Stream, block: bytes) -> None:
         self.budget.earn(2)
-        open_still = stream.state is State.OPEN
         self.finish(stream, frames.header_frames(stream.id, block, end_stream=True))
-        if open_still and stream.state is State.LOCAL:
+
+    def _ended(self, stream: Stream) -> None:
+        super()._ended(stream)
+        if stream.state is State.LOCAL:
             self.reset(stream, ErrorCode.NO_ERROR)  # §8.1: the rest of the request is not wanted
 
     def drain(self) -> None:

@@ -361,6 +361,20 @@ def test_draining_takes_what_was_under_way_and_refuses_the_rest() -> None:
     assert server.connection.drained
 
 
+def test_a_call_that_ends_before_its_request_leaves_nothing() -> None:
+    """RFC 9113, section 8.1: also if its answer had to wait for the window."""
+    server = Server(hello=frames.PREFACE + frames.settings({frames.INITIAL_WINDOW_SIZE: 10}) + frames.SETTINGS_ACK)
+    server.send(headers(1, path("/hold")))
+    stream = server.connection.streams[1]
+    server.connection.start(stream, b"\x88")
+    server.connection.send_message(stream, bytes(100))
+    server.connection.status(stream, 0, "")
+    assert not server.is_empty()
+    said = server.send(frames.window_update(1, 1_000))
+    assert resets(said) == [(1, ErrorCode.NO_ERROR)]
+    assert server.is_empty()
+
+
 def test_several_streams_share_a_connection_fairly() -> None:
     """None of the streams that wait for the connection's window is served before another has had its turn."""
     server = Server(hello=frames.PREFACE + frames.settings({frames.INITIAL_WINDOW_SIZE: 1 << 30}) + frames.SETTINGS_ACK)
