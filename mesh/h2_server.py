@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import ssl
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final
 
-from mesh.errors import Code, DeadlineExceeded, InternalError, MeshError
-from mesh.h2_calls import Compressed, Incoming, Spare, unpacked
-from mesh.h2_protocol import TICK_S, H2Protocol
-from mesh.http2.frames import ErrorCode
-from mesh.http2.grpc import RequestHead, fields_of
-from mesh.http2.hpack import Field
-from mesh.http2.hpack_encoder import literal
+from mesh.h2_protocol import TICK_S
+from mesh.h2_serving import ServerProtocol, Shared
 from mesh.http2.limits import Limits
-from mesh.http2.server import ACCEPTED, RESPONSE, ServerConnection
-from mesh.http2.streams import State, Stream
-from mesh.rpc import Call, Handlers
-from mesh.rpc import Stream as StreamHandler
-from mesh.rpc import Unary as UnaryHandler
+from mesh.rpc import Handlers
 
-log = logging.getLogger(__name__)
-
-_PLAIN_HEAD: Final = literal(RESPONSE)
-_KEPT_HEADS: Final = 1_024
-_UNSENT_BYTES: Final = 1 << 20
-"""A stream's handler waits while more than this waits to be sent."""
 _FAREWELL_S: Final = 0.5
 """For clients to take the last bytes."""
-_LATE: Final = "the deadline passed before the request was served"
 
 
 class H2Server:
@@ -48,15 +30,12 @@ class H2Server:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """`tls`: with its certificate, and for mTLS the clients' authority, loaded; ALPN is set here."""
-        self.limits = limits or Limits(
+        limits = limits or Limits(
             max_message_bytes=max_message_bytes,
             max_buffered_bytes=2 * max_message_bytes,
             max_unsent_bytes=max(4 * max_message_bytes, 64 << 20),
         )
-        self.default_timeout_s = default_timeout_s
-        self.handlers = Handlers()
-        self.connections: set[ServerProtocol] = set()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._shared = Shared(limits, default_timeout_s)
         self._tls = tls
         if tls is not None:
             tls.set_alpn_protocols(["h2"])
@@ -64,8 +43,6 @@ class H2Server:
         self._paths: list[Path] = []
         self._listeners: list[asyncio.Server] = []
         self._ticking: asyncio.TimerHandle | None = None
-        self._spares: list[Spare[bytes]] = []
-        self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
 
     def listen(self, address: str) -> int:
         """Bind to `host:port` or `unix:path`; the port that was given, 0 for a path.
@@ -96,13 +73,14 @@ class H2Server:
 
     async def start(self, handlers: Handlers) -> None:
         """Begin to take calls."""
-        self.handlers = handlers
+        self._shared.handlers = handlers
         loop = asyncio.get_running_loop()
         for bound in self._sockets:
             bound.setblocking(False)
-            self._listeners.append(
-                await loop.create_server(lambda: ServerProtocol(self, loop), sock=bound, ssl=self._tls, backlog=1024)
+            listener = await loop.create_server(
+                lambda: ServerProtocol(self._shared, loop), sock=bound, ssl=self._tls, backlog=1024
             )
+            self._listeners.append(listener)
         self._ticking = loop.call_later(TICK_S, self._tick)
 
     async def stop(self, grace_s: float) -> None:
@@ -116,311 +94,30 @@ class H2Server:
         for path in self._paths:
             path.unlink(missing_ok=True)
         self._paths.clear()
-        for protocol in list(self.connections):
+        for protocol in list(self._shared.connections):
             protocol.drain()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
         while self._busy() and loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        for protocol in list(self.connections):
+        for protocol in list(self._shared.connections):
             protocol.close()
-        if self.tasks:
-            await asyncio.wait(self.tasks)
+        if self._shared.tasks:
+            await asyncio.wait(self._shared.tasks)
         deadline = loop.time() + _FAREWELL_S
-        while self.connections and loop.time() < deadline:  # noqa: ASYNC110
+        while self._shared.connections and loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        for protocol in list(self.connections):
+        for protocol in list(self._shared.connections):
             protocol.abort()
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None
-        for spare in self._spares:
-            spare.cancel()
-        self._spares.clear()
+        self._shared.close()
 
     def _busy(self) -> bool:
-        return any(protocol.connection.streams for protocol in self.connections)
+        return any(protocol.connection.streams for protocol in self._shared.connections)
 
     def _tick(self) -> None:
-        for protocol in list(self.connections):
+        for protocol in list(self._shared.connections):
             protocol.tick()
         self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
-
-    # For the connections
-
-    def spare(self, loop: asyncio.AbstractEventLoop) -> Spare[bytes]:
-        """A task for a handler's first step; given back with `keep` if it was not needed longer."""
-        return self._spares.pop() if self._spares else Spare(loop)
-
-    def keep(self, spare: Spare[bytes]) -> None:
-        self._spares.append(spare)
-
-    def watch(self, task: asyncio.Task[None]) -> None:
-        """Wait for the task before `stop` returns."""
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    def head(self, call: Call, *, encoding: str = "") -> bytes:
-        """The block of a response's headers."""
-        if not call.reply_metadata and not encoding:
-            return _PLAIN_HEAD
-        key = tuple(call.reply_metadata.items())
-        block = None if encoding else self._heads.get(key)
-        if block is None:
-            fields = [*RESPONSE, *fields_of(list(key))]
-            if encoding:
-                return literal([*fields, (b"grpc-encoding", encoding.encode())])
-            if len(self._heads) >= _KEPT_HEADS:
-                self._heads.clear()
-            block = self._heads[key] = literal(fields)
-        return block
-
-
-class _Waiting:
-    """A unary call that has not begun: its one message, once it is there."""
-
-    __slots__ = ("handler", "message")
-
-    def __init__(self, handler: UnaryHandler) -> None:
-        self.handler = handler
-        self.message: tuple[bytes, bool] | None = None
-
-
-class _Running:
-    """A call whose handler waits for something."""
-
-    __slots__ = ("incoming", "task", "timer")
-
-    def __init__(self, task: asyncio.Task[None] | Spare[bytes], incoming: Incoming | None = None) -> None:
-        self.task = task
-        self.incoming = incoming
-        self.timer: asyncio.TimerHandle | None = None
-
-    def cancel(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-        self.task.cancel()
-
-
-class ServerProtocol(H2Protocol[ServerConnection]):
-    """One client's connection, and the calls on it (`mesh.http2.server.Calls`)."""
-
-    def __init__(self, server: H2Server, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self._server = server
-        self._unary = server.handlers.unary
-        self._streams = server.handlers.streams
-        self.connection = ServerConnection(server.limits, loop.time, self)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        secured = transport.get_extra_info("ssl_object")
-        if secured is not None and secured.selected_alpn_protocol() != "h2":  # RFC 9113 §3.2
-            cast(asyncio.Transport, transport).abort()
-            return
-        self._server.connections.add(self)
-        super().connection_made(transport)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._server.connections.discard(self)
-        super().connection_lost(error)
-
-    def tick(self) -> None:
-        super().tick()
-        now = self.connection.clock()
-        for stream in list(self.connection.streams.values()):
-            if isinstance(stream.owner, _Waiting) and now > self._deadline(stream):
-                self._fail(stream, DeadlineExceeded("the deadline passed before the request was received"), None)
-        self.flush()
-
-    def drain(self) -> None:
-        """Take no new calls."""
-        self.connection.drain()
-        self.flush()
-
-    def close(self) -> None:
-        """Cancel what runs and close."""
-        self.connection.fail(ErrorCode.NO_ERROR, "shutting down")
-        self.flush()
-
-    # Calls
-
-    def begin(self, stream: Stream, head: RequestHead) -> None:
-        unary = self._unary.get(head.path)
-        if unary is not None:
-            stream.owner = _Waiting(unary)
-            return
-        handler = self._streams.get(head.path)
-        if handler is None:
-            self.connection.status(stream, Code.UNIMPLEMENTED, "Method not found!")
-            return
-        limits = self.connection.limits
-        incoming = Incoming(head, limits.max_message_bytes, lambda: self._taken(stream))
-        task = self.loop.create_task(self._conduct_stream(stream, handler, incoming))
-        self._server.watch(task)
-        running = stream.owner = _Running(task, incoming)
-        if head.timeout_s is not None:
-            running.timer = self.loop.call_at(self._deadline(stream), self._expire, stream)
-
-    def message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
-        owner = stream.owner
-        if type(owner) is _Waiting:
-            if ended and owner.message is None:
-                self._run(stream, owner.handler, message, compressed=compressed)
-            elif owner.message is None:
-                owner.message = message, compressed
-            else:
-                self.connection.status(stream, Code.UNIMPLEMENTED, "several messages in a unary call")
-        elif owner.incoming is not None:
-            owner.incoming.put(message, compressed=compressed)
-            stream.held = owner.incoming.size >= self.connection.limits.stream_window
-            if ended:
-                owner.incoming.end()
-
-    def end(self, stream: Stream) -> None:
-        owner = stream.owner
-        if type(owner) is _Waiting:
-            if owner.message is None:
-                self.connection.status(stream, Code.UNIMPLEMENTED, "no message in a unary call")
-            else:
-                message, compressed = owner.message
-                self._run(stream, owner.handler, message, compressed=compressed)
-        elif owner.incoming is not None:
-            owner.incoming.end()
-
-    def aborted(self, stream: Stream) -> None:
-        owner = stream.owner
-        stream.owner = None
-        if isinstance(owner, _Running):
-            owner.cancel()
-
-    def _deadline(self, stream: Stream) -> float:
-        timeout_s = stream.head.timeout_s
-        return stream.since + (self._server.default_timeout_s if timeout_s is None else timeout_s)
-
-    def _expire(self, stream: Stream) -> None:
-        if stream.id in self.connection.streams and stream.owner is not None:
-            self.aborted(stream)
-            self._fail(stream, DeadlineExceeded(_LATE), None)
-            self.wake()
-
-    # Unary
-
-    def _run(self, stream: Stream, handler: UnaryHandler, message: bytes, *, compressed: bool) -> None:
-        """Serve a unary call; most end right here."""
-        head: RequestHead = stream.head
-        call = Call(head.path, head.metadata, self._deadline(stream), keys=head.keys)
-        if compressed:
-            work = unpacked(handler, call, message, stream, self.connection.limits.max_message_bytes)
-        else:
-            work = cast(Coroutine[Any, Any, bytes], handler(call, message))
-        server = self._server
-        if call.deadline <= self.connection.received_at:
-            work.close()
-            self._fail(stream, DeadlineExceeded(_LATE), None)
-            return
-        spare = server.spare(self.loop)
-        try:
-            yielded = spare.step(work)
-        except StopIteration as done:
-            server.keep(spare)
-            self._reply(stream, call, done.value)
-        except Exception as error:
-            server.keep(spare)
-            self._fail(stream, error, call)
-        else:
-            server.watch(spare.task)
-            running = stream.owner = _Running(spare)
-            running.timer = self.loop.call_at(call.deadline, self._expire, stream)
-            spare.take_over(work, yielded, lambda rest: self._conduct(stream, running, call, rest))
-
-    async def _conduct(self, stream: Stream, running: _Running, call: Call, work: Coroutine[Any, Any, bytes]) -> None:
-        """The rest of a unary call that had to wait."""
-        try:
-            response = await work
-        except asyncio.CancelledError:
-            if stream.owner is running:  # not by us
-                self._fail(stream, DeadlineExceeded("the call was cancelled"), call)
-        except Exception as error:
-            if stream.owner is running:
-                self._fail(stream, error, call)
-        else:
-            if stream.owner is running:
-                self._reply(stream, call, response)
-        if running.timer is not None:
-            running.timer.cancel()
-        self.wake()
-
-    def _reply(self, stream: Stream, call: Call, response: bytes) -> None:
-        connection = self.connection
-        if connection.streams.get(stream.id) is not stream:
-            return  # gone while the handler took its first step
-        if type(response) is Compressed:
-            connection.start(stream, self._server.head(call, encoding=stream.head.encoding))
-            connection.send_message(stream, response, compressed=True)
-            if stream.id in connection.streams:
-                connection.status(stream, Code.OK, "")
-        else:
-            connection.reply(stream, self._server.head(call), response)
-        stream.owner = None
-
-    def _fail(self, stream: Stream, error: Exception, call: Call | None) -> None:
-        """End a call with the error's status."""
-        stream.owner = None
-        connection = self.connection
-        if connection.streams.get(stream.id) is not stream:
-            return
-        if isinstance(error, TimeoutError):
-            error = DeadlineExceeded(_LATE)
-        if call is not None and call.reply_metadata and not stream.started:
-            connection.start(stream, self._server.head(call))
-        if not isinstance(error, MeshError):
-            log.error("%s broke", stream.head.path, exc_info=error)
-            error = InternalError()
-        fields: list[Field] = []
-        if error.reason:
-            fields.append((b"densemesh-reason", error.reason.encode()))
-        if error.retry_after_ms is not None:
-            fields.append((b"grpc-retry-pushback-ms", b"%d" % error.retry_after_ms))
-        if error.code is Code.UNIMPLEMENTED:
-            fields.append(ACCEPTED)
-        connection.status(stream, error.code, str(error), fields)
-
-    # Streaming
-
-    async def _conduct_stream(self, stream: Stream, handler: StreamHandler, incoming: Incoming) -> None:
-        """All of a streaming call."""
-        connection = self.connection
-        call = Call(stream.head.path, stream.head.metadata, self._deadline(stream), keys=stream.head.keys)
-        room = asyncio.Event()
-        stream.on_room = room.set
-        try:
-            async for response in handler(call, incoming):
-                if not stream.started:
-                    connection.start(stream, self._server.head(call))
-                connection.send_message(stream, response)
-                self.wake()
-                if connection.streams.get(stream.id) is not stream:
-                    return  # the client does not take what it is sent
-                while stream.queued > _UNSENT_BYTES:
-                    room.clear()
-                    await room.wait()
-            if not stream.started:
-                connection.start(stream, self._server.head(call))
-            connection.status(stream, Code.OK, "")
-        except asyncio.CancelledError:
-            if stream.owner is not None:  # not by us
-                self._fail(stream, DeadlineExceeded("the call was cancelled"), call)
-        except Exception as error:
-            self._fail(stream, error, call)
-        owner = stream.owner
-        stream.owner = None
-        if isinstance(owner, _Running) and owner.timer is not None:
-            owner.timer.cancel()
-        self.wake()
-
-    def _taken(self, stream: Stream) -> None:
-        """The handler took a message: there is room for others."""
-        if stream.held and stream.state in (State.OPEN, State.LOCAL):
-            stream.held = False
-            self.connection.credit(stream)
-            self.wake()

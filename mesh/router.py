@@ -5,6 +5,7 @@ A bounded number of attempts, each without the pods that were tried in vain, all
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -26,8 +27,10 @@ CREATED: Final = "densemesh-created"
 """Request header between pods: the registration that the sender knows (`ModelRecord.created`), so that a receiver whose
 watch is behind does not answer from what was registered before."""
 
-ATTEMPTS: Final = 6
-"""Pods asked for one request; a load may fail on fewer (`Limits.load_tries`)."""
+ATTEMPTS: Final = 8
+"""Tries for one request; a load may fail on fewer pods (`Limits.load_tries`)."""
+_MOVED_S: Final = 0.001
+"""How long a request whose copy has just moved waits for the registry's watch to say so; doubles with each try."""
 
 Local = Callable[[Copy, Call, bytes], Awaitable[bytes]]
 """Serves a call on a loaded copy, which stays pinned meanwhile."""
@@ -71,10 +74,16 @@ class Router:
         """
         engine = self._engine
         exclude: set[PodId] = set()
+        without: set[PodId] = set()
+        """Of those, the ones that only did not have it: they can load it, if it comes to that."""
         last: MeshError | None = None
         for attempt in range(ATTEMPTS):
             engine.stats.retries += attempt > 0
             route = engine.route(model_id, hop, exclude, now_ms(), used_ms)
+            if isinstance(route, Refuse) and without:
+                exclude -= without
+                without.clear()
+                route = engine.route(model_id, hop, exclude, now_ms(), used_ms)
             try:
                 match route:
                     case Serve(copy):
@@ -94,10 +103,15 @@ class Router:
                 if hop is not Hop.CLIENT or not error.try_elsewhere or isinstance(route, Refuse):
                     raise
                 last = error
-                exclude.add(route.pod_id if isinstance(route, Forward) else engine.pod_id)
-                continue
-            if response is not None:
-                return response
+                asked = route.pod_id if isinstance(route, Forward) else engine.pod_id
+                exclude.add(asked)
+                if not isinstance(error, NotHere):
+                    continue
+                without.add(asked)
+            else:
+                if response is not None:
+                    return response
+            await asyncio.sleep(_MOVED_S * 2**attempt)
         raise (
             last
             if last is not None and not isinstance(last, NotHere)
