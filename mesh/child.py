@@ -39,9 +39,14 @@ def spawn(
     )
 
 
+_given: Final[set[int]] = set()
+"""Ports of this process's servers, past and to come."""
+
+
 def free_ports(count: int) -> list[int]:
     """Ports below the range that connections are made from: a client that looks for a dead server could otherwise be
-    given the server's own port to call from, connect to itself, and keep it."""
+    given the server's own port to call from, connect to itself, and keep it. No port is given twice: a server may not
+    have taken its own yet."""
     draw, ports = random.Random(), list[int]()
     while len(ports) < count:
         port = draw.randrange(20_000, 32_000)
@@ -50,6 +55,7 @@ def free_ports(count: int) -> list[int]:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        if port not in ports:
+        if port not in _given:
+            _given.add(port)
             ports.append(port)
     return ports

@@ -142,10 +142,10 @@ async def ready(pods: Sequence[LocalPod]) -> None:
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             for pod in pods:
-                while pod.pid is not None and not pod_ids <= await _known(client, pod):  # noqa: ASYNC110
+                while not pod_ids <= await _known(client, pod):
+                    for ended in (each for each in pods if each.pid is None):
+                        raise ClusterError(f"{ended.pod_id} has ended; its log ends with:\n{ended.last_words()}")
                     await asyncio.sleep(0.05)
-                if pod.pid is None:
-                    raise ClusterError(f"{pod.pod_id} has ended; its log ends with:\n{pod.last_words()}")
     except TimeoutError:
         words = "\n".join(f"{pod.pod_id}:\n{pod.last_words()}" for pod in pods)
         raise ClusterError(f"the pods do not serve after {START_TIMEOUT_S:.0f} s:\n{words}") from None
