@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +55,23 @@ def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default
         flag = f"--allow-code {extension[1:]}"
         raise LoaderError(f"{path.name} can run its author's code when loaded: refused without {flag}")
     return path
+
+
+@contextmanager
+def reading(path: Path, archive: str = "an archive") -> Iterator[None]:
+    """What goes wrong while a model's file is read, in its owner's words; `archive`: what a zip file should have been.
+
+    Raises:
+        LoaderError: retryable if the file may be there, or readable, later.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise LoaderError(f"{error.filename or path} does not exist", retryable=True) from error
+    except OSError as error:
+        raise LoaderError(f"{path} cannot be read: {error.strerror}", retryable=True) from error
+    except zipfile.BadZipFile as error:
+        raise LoaderError(f"{path.name} is not {archive}: {error}") from error
 
 
 def _local_path(uri: str) -> Path:

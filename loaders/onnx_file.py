@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from loaders.artifacts import reading
 from loaders.base import LoaderError
 
 _SESSION_BYTES: Final = 85_000
@@ -44,17 +45,17 @@ def weigh(path: Path, *, widened: bool = True) -> int:
         LoaderError: the file or one of its external data files is missing, or this is no ONNX model.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            reading(path),
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             graphs = [span for number, *span in _fields(data, 0, len(data)) if number == _GRAPH]
             if not graphs:
                 raise ValueError("it has no graph")
             weight = _Weight()
             for start, end in graphs:
                 _weigh_graph(data, start, end, path, 2 if widened else 1, weight)
-    except FileNotFoundError as error:
-        raise LoaderError(f"{error.filename} does not exist", retryable=True) from error
-    except OSError as error:
-        raise LoaderError(f"{path} cannot be read: {error.strerror}", retryable=True) from error
     except (ValueError, IndexError) as error:  # mmap refuses an empty file with ValueError
         raise LoaderError(f"{path.name} is not an ONNX model: {error}") from error
     return _SESSION_BYTES + _NODE_BYTES * weight.nodes + round(weight.stored)

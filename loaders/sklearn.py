@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from loaders.artifacts import agreed, parameters
+from loaders.artifacts import agreed, parameters, reading
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.datatypes import bytes_of, text_of
 from loaders.memory import Change
@@ -89,7 +89,7 @@ class SklearnLoader:
     def estimate_bytes(self, artifact: Artifact) -> int:
         path = artifact.path
         parameters(artifact, "sklearn")
-        try:
+        with reading(path, "a skops archive"):
             if path.suffix == ".skops":
                 with zipfile.ZipFile(path) as archive:
                     arrays = [each.file_size for each in archive.infolist() if each.filename != "schema.json"]
@@ -97,12 +97,6 @@ class SklearnLoader:
             with path.open("rb") as file:
                 plain = file.read(1) == _PICKLE
             return path.stat().st_size * (1 if plain else _COMPRESSED) + _OBJECTS_BYTES
-        except FileNotFoundError as error:
-            raise LoaderError(f"{path} does not exist", retryable=True) from error
-        except OSError as error:
-            raise LoaderError(f"{path} cannot be read: {error.strerror}", retryable=True) from error
-        except zipfile.BadZipFile as error:
-            raise LoaderError(f"{path.name} is not a skops archive: {error}") from error
 
     def load(self, artifact: Artifact) -> SklearnModel:
         path = artifact.path

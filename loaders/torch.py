@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from loaders.artifacts import agreed, parameters
+from loaders.artifacts import agreed, parameters, reading
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.datatypes import DTYPES
 from loaders.memory import Change
@@ -75,15 +75,8 @@ class TorchLoader:
 
     def estimate_bytes(self, artifact: Artifact) -> int:
         parameters(artifact, "torch")
-        try:
-            with zipfile.ZipFile(artifact.path) as archive:
-                stored = sum(each.file_size for each in archive.infolist() if not each.filename.endswith(".json"))
-        except FileNotFoundError as error:
-            raise LoaderError(f"{artifact.path} does not exist", retryable=True) from error
-        except OSError as error:
-            raise LoaderError(f"{artifact.path} cannot be read: {error.strerror}", retryable=True) from error
-        except zipfile.BadZipFile as error:
-            raise LoaderError(f"{artifact.path.name} is not a PyTorch archive: {error}") from error
+        with reading(artifact.path, "a PyTorch archive"), zipfile.ZipFile(artifact.path) as archive:
+            stored = sum(each.file_size for each in archive.infolist() if not each.filename.endswith(".json"))
         return stored + (_EXPORTED_BYTES if artifact.path.suffix == ".pt2" else _SCRIPT_BYTES)
 
     def load(self, artifact: Artifact) -> TorchModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -48,6 +48,7 @@ from placement.records import ModelId, ModelRecord, copy_key, encode, pod_key
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _TICK_S = 0.5
@@ -137,13 +138,7 @@ class Driver:
         self.engine.pin(copy)
 
     def unpin(self, copy: Copy) -> None:
-        try:
-            actions = self.engine.unpin(copy, now_ms())
-        except Exception as bug:
-            self._break(bug)
-            raise
-        if actions:
-            self._carry_out(actions)
+        self._decide(self.engine.unpin, copy)
 
     async def run(self, copy: Copy, work: Callable[[], T], size_bytes: int) -> T:
         """Run a model on a request of about this size, on a copy that the caller has pinned: here and now if that is
@@ -168,17 +163,18 @@ class Driver:
     # Events and actions
 
     def step(self, event: Event) -> None:
-        """Take in an event. If the engine breaks, its books are not to be trusted any more and the pod ends."""
-        try:
-            actions = self.engine.step(event, now_ms())
-        except Exception as bug:
-            self._break(bug)
-            raise
-        self._carry_out(actions)
+        self._decide(self.engine.step, event)
 
-    def _break(self, bug: Exception) -> None:
-        if not self.broken.done():
-            self.broken.set_exception(bug)
+    def _decide(self, decide: Callable[[S, int], Sequence[Action]], subject: S) -> None:
+        """Ask the engine and do what it says. If it breaks, its books are not to be trusted any more: the pod ends."""
+        try:
+            actions = decide(subject, now_ms())
+        except Exception as bug:
+            if not self.broken.done():
+                self.broken.set_exception(bug)
+            raise
+        if actions:
+            self._carry_out(actions)
 
     def models_changed(self, model_ids: Iterable[ModelId]) -> None:
         """Registrations vanished or changed: their copies are of no use."""

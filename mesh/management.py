@@ -24,7 +24,7 @@ from mesh.repository import from_key
 from mesh.residency import ENSURE_LOADED, Residency, overall
 from mesh.router import Router
 from mesh.rpc import Call, Handlers, Unary
-from mesh.vmodels import VModels, check_alike
+from mesh.vmodels import CAS_TRIES, VModels, check_alike
 from placement.engine import Engine
 from placement.messages import Hop
 from placement.records import BadRecord, CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
@@ -41,9 +41,6 @@ _AGE_LOADED_MS: Final = _HOUR_MS
 (ModelMesh: LASTUSED_AGE_ON_ADD_MS) ..."""
 _AGE_REGISTERED_MS: Final = 6 * _HOUR_MS
 """... and longer ago when it is not even loaded."""
-
-_TRIES: Final = 10
-"""Compare-and-set attempts before somebody else's traffic on one record is an error."""
 
 _COPY_STATUS: Final = {
     CopyStatus.LOADING: pb.ModelStatusInfo.LOADING,
@@ -110,7 +107,7 @@ class Management:
             RegistryError
         """
         key = model_key(record.model_id)
-        for _ in range(_TRIES):
+        for _ in range(CAS_TRIES):
             revision = await self._registry.commit(Commit(expect={key: 0}, put={key: encode(record)}))
             if revision is not None:
                 await self._mirror.caught_up(revision)
@@ -126,7 +123,7 @@ class Management:
     async def _unregister(self, call: Call, message: bytes) -> bytes:
         model_id = check_id("modelId", parse(pb.UnregisterModelRequest, message).modelId)
         key = model_key(model_id)
-        for _ in range(_TRIES):
+        for _ in range(CAS_TRIES):
             entry = await self._registry.get(key)
             if entry is None:
                 break

@@ -42,7 +42,8 @@ from protos import management_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_TRIES: Final = 10
+CAS_TRIES: Final = 10
+"""Compare-and-set attempts before somebody else's traffic on one record is an error."""
 
 _TRANSITION_S: Final = 240.0
 """How long a `sync` call waits for a transition (ModelMesh: 4 minutes)."""
@@ -64,7 +65,7 @@ class VModels:
             ModelNotFound, AlreadyExists, FailedPrecondition: see management.proto.
             RegistryError
         """
-        for _ in range(_TRIES):
+        for _ in range(CAS_TRIES):
             old = await self._vmodel(request.vModelId)
             known = await self._model(request.targetModelId)
             needed = _allowed(old, request)
@@ -108,7 +109,7 @@ class VModels:
         Raises:
             FailedPrecondition, RegistryError
         """
-        for _ in range(_TRIES):
+        for _ in range(CAS_TRIES):
             old = await self._vmodel(vmodel_id)
             if old is None or (owner and old.owner != owner) or await self._commit(old, None):
                 return

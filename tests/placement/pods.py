@@ -17,9 +17,11 @@ from placement.messages import (
     EnsureLoaded,
     EstimateSize,
     Event,
+    Hop,
     LoadFailed,
     LoadFinished,
     Publish,
+    Route,
     SettleVModel,
     SizeEstimated,
     StartLoad,
@@ -208,3 +210,14 @@ def _gist(record: CopyRecord | None) -> object:
     if record is None:
         return None
     return record.status, record.error, record.size_bytes if record.status is CopyStatus.LOADED else 0
+
+
+def route(pod: Pod, model_id: str = "a", hop: Hop = Hop.CLIENT, *exclude: str, used_ms: int | None = None) -> Route:
+    """Where the pod sends a request."""
+    return pod.engine.route(model_id, hop, set(exclude), pod.now_ms, used_ms)
+
+
+def peers(pod: Pod, *pod_ids: str) -> None:
+    """Let the pod know of others, empty ones."""
+    for pod_id in pod_ids:
+        pod.view.apply(peer(pod_id))

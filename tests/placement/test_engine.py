@@ -11,30 +11,11 @@ from placement.messages import (
     Join,
     LoadFailed,
     LoadHere,
-    Route,
     Serve,
     SizeEstimated,
 )
 from placement.records import CopyStatus, pod_key
-from tests.placement.pods import START_MS, Pod, held, peer
-
-
-@pytest.fixture
-def pod() -> Pod:
-    """An empty pod of 10 bytes that knows the models a to e."""
-    pod = Pod()
-    pod.register(*"abcde")
-    return pod
-
-
-def _route(pod: Pod, model_id: str = "a", hop: Hop = Hop.CLIENT, *exclude: str, used_ms: int | None = None) -> Route:
-    return pod.engine.route(model_id, hop, set(exclude), pod.now_ms, used_ms)
-
-
-def _peers(pod: Pod, *pod_ids: str) -> None:
-    for pod_id in pod_ids:
-        pod.view.apply(peer(pod_id))
-
+from tests.placement.pods import START_MS, Pod, held, peer, peers, route
 
 # 1. A copy is loaded here
 
@@ -42,83 +23,83 @@ def _peers(pod: Pod, *pod_ids: str) -> None:
 @pytest.mark.parametrize("hop", Hop)
 def test_1_a_loaded_copy_serves_whoever_asks(pod: Pod, hop: Hop) -> None:
     copy = pod.load("a")
-    _peers(pod, "p2")
+    peers(pod, "p2")
     pod.view.apply(held("p2", "a"))
-    assert _route(pod, "a", hop) == Serve(copy)
+    assert route(pod, "a", hop) == Serve(copy)
 
 
 def test_1_serving_makes_the_copy_the_last_to_go(pod: Pod) -> None:
     pod.load("a", last_used_ms=START_MS - 9)
     pod.load("b", last_used_ms=START_MS - 5)
-    _route(pod, "a")
+    route(pod, "a")
     assert list(pod.cache.policy.coldest()) == ["b", "a"]
 
 
 def test_1_a_use_may_lie_back_but_not_ahead(pod: Pod) -> None:
     """`lastUsedTime` comes from clients and from pods with other clocks; ahead, it would hold the copy for good."""
     pod.load("a", last_used_ms=START_MS - 9)
-    _route(pod, "a", used_ms=START_MS - 5)
+    route(pod, "a", used_ms=START_MS - 5)
     assert pod.cache.policy.oldest_used_ms() == START_MS - 5
-    _route(pod, "a", used_ms=START_MS + 60_000)
+    route(pod, "a", used_ms=START_MS + 60_000)
     assert pod.cache.policy.oldest_used_ms() == START_MS
     pod.load("b", last_used_ms=START_MS + 60_000)
     pod.want("b", START_MS + 60_000)
     pod.now_ms += 1
-    _route(pod, "a")
+    route(pod, "a")
     assert list(pod.cache.policy.coldest()) == ["b", "a"]
 
 
 def test_1_not_if_this_pod_was_tried_in_vain(pod: Pod) -> None:
     pod.load("a")
-    _peers(pod, "p2")
-    assert _route(pod, "a", Hop.CLIENT, "p1") == Forward("p2", Hop.LOAD_HERE)
+    peers(pod, "p2")
+    assert route(pod, "a", Hop.CLIENT, "p1") == Forward("p2", Hop.LOAD_HERE)
 
 
 # 2. From a client, and a copy is loaded elsewhere
 
 
 def test_2_a_holder_is_asked_for_a_hit(pod: Pod) -> None:
-    _peers(pod, "p2", "p3")
+    peers(pod, "p2", "p3")
     pod.view.apply(held("p2", "a"))
     pod.view.apply(held("p3", "a", CopyStatus.FAILED))
-    assert _route(pod) == Forward("p2", Hop.HIT_ONLY)
+    assert route(pod) == Forward("p2", Hop.HIT_ONLY)
 
 
 def test_2_a_holder_comes_before_a_load_under_way_here(pod: Pod) -> None:
     pod.want("a")
-    _peers(pod, "p2")
+    peers(pod, "p2")
     pod.view.apply(held("p2", "a"))
-    assert _route(pod) == Forward("p2", Hop.HIT_ONLY)
+    assert route(pod) == Forward("p2", Hop.HIT_ONLY)
 
 
 def test_2_a_draining_holder_still_serves(pod: Pod) -> None:
     pod.view.apply(peer("p2", draining=True))
     pod.view.apply(held("p2", "a"))
-    assert _route(pod) == Forward("p2", Hop.HIT_ONLY)
+    assert route(pod) == Forward("p2", Hop.HIT_ONLY)
 
 
 def test_2_the_less_busy_holder(pod: Pod) -> None:
-    _peers(pod, "p2", "p3")
+    peers(pod, "p2", "p3")
     pod.view.apply(held("p2", "a"))
     pod.view.apply(held("p3", "a"))
     pod.engine.forward_started("p2")
-    assert {_route(pod) for _ in range(20)} == {Forward("p3", Hop.HIT_ONLY)}
+    assert {route(pod) for _ in range(20)} == {Forward("p3", Hop.HIT_ONLY)}
     pod.engine.forward_ended("p2", reached=True, now_ms=pod.now_ms)
-    assert len({_route(pod) for _ in range(50)}) == 2
+    assert len({route(pod) for _ in range(50)}) == 2
 
 
 @pytest.mark.parametrize("lost", ["excluded", "suspect", "dead", "not told yet", "own record of an earlier life"])
 def test_2_not_a_holder_that_cannot_answer(pod: Pod, lost: str) -> None:
     if lost != "not told yet":
-        _peers(pod, "p2")
+        peers(pod, "p2")
     pod.view.apply(held("p1" if lost.startswith("own") else "p2", "a"))
     if lost == "suspect":
         pod.engine.forward_started("p2")
         pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
     if lost == "dead":
         pod.view.remove(pod_key("p2"))
-    route = _route(pod, "a", Hop.CLIENT, *(["p2"] if lost == "excluded" else []))
-    assert not isinstance(route, Forward) or route.hop is Hop.LOAD_HERE
+    found = route(pod, "a", Hop.CLIENT, *(["p2"] if lost == "excluded" else []))
+    assert not isinstance(found, Forward) or found.hop is Hop.LOAD_HERE
 
 
 # 3. A copy is on its way here
@@ -132,7 +113,7 @@ def test_3_join_a_copy_in_any_state_on_its_way(pod: Pod, hop: Hop) -> None:
     states = []
 
     def join() -> None:
-        assert _route(pod, "a", hop) == Join(pod.copy("a"))
+        assert route(pod, "a", hop) == Join(pod.copy("a"))
         states.append(pod.state("a"))
 
     join()
@@ -152,9 +133,9 @@ def test_3_join_a_copy_in_any_state_on_its_way(pod: Pod, hop: Hop) -> None:
 
 def test_3_joining_counts_as_use(pod: Pod) -> None:
     pod.want("a", START_MS - 3_600_000)
-    _route(pod, "a", used_ms=START_MS - 60_000)
+    route(pod, "a", used_ms=START_MS - 60_000)
     assert pod.copy("a").used_ms == START_MS - 60_000
-    _route(pod, "a", used_ms=START_MS - 70_000)
+    route(pod, "a", used_ms=START_MS - 70_000)
     pod.want("a", START_MS - 80_000)
     assert pod.copy("a").used_ms == START_MS - 60_000
 
@@ -162,7 +143,7 @@ def test_3_joining_counts_as_use(pod: Pod) -> None:
 def test_3_many_requests_one_load(pod: Pod) -> None:
     routes = []
     for _ in range(100):
-        routes.append(_route(pod))
+        routes.append(route(pod))
         if isinstance(routes[-1], LoadHere):
             pod.want("a")
     assert [type(route) for route in routes] == [LoadHere] + [Join] * 99
@@ -176,11 +157,11 @@ def test_3_many_requests_one_load(pod: Pod) -> None:
 
 def test_4_a_load_under_way_elsewhere_is_joined_there(pod: Pod) -> None:
     """LOAD_HERE, not HIT_ONLY: should the copy be gone when the request arrives, it is loaded again."""
-    _peers(pod, "p2", "p3")
+    peers(pod, "p2", "p3")
     pod.view.apply(held("p3", "a", CopyStatus.LOADING))
-    assert _route(pod) == Forward("p3", Hop.LOAD_HERE)
+    assert route(pod) == Forward("p3", Hop.LOAD_HERE)
     pod.want("a")
-    assert _route(pod) == Join(pod.copy("a")), "here comes before there"
+    assert route(pod) == Join(pod.copy("a")), "here comes before there"
 
 
 # What the pod says of itself
@@ -209,14 +190,14 @@ def test_copies_of_a_model_this_pod_by_itself_others_by_the_registry(pod: Pod) -
 
 
 def test_every_attempt_is_counted_once(pod: Pod) -> None:
-    _peers(pod, "p2")
+    peers(pod, "p2")
     pod.load("a")
     pod.want("b")
     pod.view.apply(held("p2", "c"))
     for model_id in "abc":
-        _route(pod, model_id)
-    _route(pod, "d", Hop.LOAD_HERE)
-    _route(pod, "d", Hop.HIT_ONLY)
+        route(pod, model_id)
+    route(pod, "d", Hop.LOAD_HERE)
+    route(pod, "d", Hop.HIT_ONLY)
     stats = pod.engine.stats
     assert (stats.hits, stats.joins, stats.forwards, stats.loads, stats.refusals) == (1, 1, 1, 1, 1)
 

@@ -12,49 +12,30 @@ from placement.messages import (
     LoadFailed,
     LoadHere,
     Refuse,
-    Route,
     Serve,
     Tick,
     Why,
 )
 from placement.records import CopyStatus, copy_key
-from tests.placement.pods import Pod, held, peer
-
-
-@pytest.fixture
-def pod() -> Pod:
-    """An empty pod of 10 bytes that knows the models a to e."""
-    pod = Pod()
-    pod.register(*"abcde")
-    return pod
-
-
-def _route(pod: Pod, model_id: str = "a", hop: Hop = Hop.CLIENT, *exclude: str, used_ms: int | None = None) -> Route:
-    return pod.engine.route(model_id, hop, set(exclude), pod.now_ms, used_ms)
-
-
-def _peers(pod: Pod, *pod_ids: str) -> None:
-    for pod_id in pod_ids:
-        pod.view.apply(peer(pod_id))
-
+from tests.placement.pods import Pod, held, peer, peers, route
 
 # 5. Nobody has it
 
 
 def test_5_here_if_this_pod_has_most_room(pod: Pod) -> None:
     pod.view.apply(peer("p2", used_bytes=9))
-    assert _route(pod) == LoadHere()
+    assert route(pod) == LoadHere()
 
 
 def test_5_on_the_pod_that_has(pod: Pod) -> None:
     pod.view.apply(peer("p2", capacity_bytes=100))
-    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod) == Forward("p2", Hop.LOAD_HERE)
 
 
 def test_5_here_if_a_pod_chose_this_one(pod: Pod) -> None:
     pod.view.apply(peer("p2", capacity_bytes=100))
     pod.view.apply(held("p2", "a"))
-    assert _route(pod, "a", Hop.LOAD_HERE) == LoadHere()
+    assert route(pod, "a", Hop.LOAD_HERE) == LoadHere()
 
 
 def test_5_what_was_sent_counts_until_the_pod_speaks_again(pod: Pod) -> None:
@@ -63,23 +44,23 @@ def test_5_what_was_sent_counts_until_the_pod_speaks_again(pod: Pod) -> None:
         pod.view.apply(held("gone", model_id, size_bytes=40, registration=1))
     pod.view.apply(peer("p2", capacity_bytes=100, revision=1))
     pod.view.apply(peer("p3", capacity_bytes=44, revision=2))
-    assert _route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
-    assert _route(pod, "b") == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod, "b") == Forward("p2", Hop.LOAD_HERE)
     pod.step(Tick())
-    assert _route(pod, "c") == Forward("p3", Hop.LOAD_HERE), "only 20 are left on p2"
+    assert route(pod, "c") == Forward("p3", Hop.LOAD_HERE), "only 20 are left on p2"
     pod.view.apply(peer("p2", capacity_bytes=100, used_bytes=20, revision=3))
-    assert _route(pod, "c") == Forward("p2", Hop.LOAD_HERE), "what it says now replaces what was assumed"
+    assert route(pod, "c") == Forward("p2", Hop.LOAD_HERE), "what it says now replaces what was assumed"
 
 
 def test_5_what_did_not_arrive_does_not_count(pod: Pod) -> None:
     pod.view.apply(held("gone", "a", size_bytes=40, registration=1))
     pod.view.apply(peer("p2", capacity_bytes=60, revision=1))
-    assert _route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
     pod.engine.forward_started("p2")
     pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
     pod.now_ms += pod.limits.suspect_ms
     pod.view.apply(peer("p3", capacity_bytes=45, used_bytes=5, revision=1))
-    assert _route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod, "a") == Forward("p2", Hop.LOAD_HERE)
 
 
 def test_5_suspects_are_left_out_until_they_answer_or_time_has_passed(pod: Pod) -> None:
@@ -87,30 +68,30 @@ def test_5_suspects_are_left_out_until_they_answer_or_time_has_passed(pod: Pod) 
     pod.engine.forward_started("p2")
     pod.engine.forward_started("p2")
     pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
-    assert _route(pod) == LoadHere()
+    assert route(pod) == LoadHere()
     pod.engine.forward_ended("p2", reached=True, now_ms=pod.now_ms)
-    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod) == Forward("p2", Hop.LOAD_HERE)
     pod.engine.forward_started("p2")
     pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
     pod.now_ms += pod.limits.suspect_ms
-    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod) == Forward("p2", Hop.LOAD_HERE)
 
 
 def test_5_a_suspect_that_was_started_anew_is_none(pod: Pod) -> None:
     pod.view.apply(peer("p2", capacity_bytes=100, created=3))
     pod.engine.forward_started("p2")
     pod.engine.forward_ended("p2", reached=False, now_ms=pod.now_ms)
-    assert _route(pod) == LoadHere()
+    assert route(pod) == LoadHere()
     pod.view.apply(peer("p2", capacity_bytes=100, created=9))
-    assert _route(pod) == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod) == Forward("p2", Hop.LOAD_HERE)
 
 
 def test_5_a_failed_load_is_tried_elsewhere(pod: Pod) -> None:
     pod.want("a")
     pod.step(LoadFailed("a", "corrupt", False))
-    _peers(pod, "p2", "p3")
+    peers(pod, "p2", "p3")
     pod.view.apply(held("p2", "a", CopyStatus.FAILED, error="corrupt"))
-    assert _route(pod) == Forward("p3", Hop.LOAD_HERE)
+    assert route(pod) == Forward("p3", Hop.LOAD_HERE)
 
 
 # 6. Or no pod can
@@ -118,48 +99,48 @@ def test_5_a_failed_load_is_tried_elsewhere(pod: Pod) -> None:
 
 @pytest.mark.parametrize("hop", Hop)
 def test_6_unknown_model(pod: Pod, hop: Hop) -> None:
-    assert _route(pod, "nobody's", hop) == Refuse(Why.UNKNOWN_MODEL)
+    assert route(pod, "nobody's", hop) == Refuse(Why.UNKNOWN_MODEL)
 
 
 def test_6_asked_for_a_hit_this_pod_does_not_load(pod: Pod) -> None:
-    assert _route(pod, "a", Hop.HIT_ONLY) == Refuse(Why.NOT_HERE)
+    assert route(pod, "a", Hop.HIT_ONLY) == Refuse(Why.NOT_HERE)
     pod.want("a")
     pod.step(LoadFailed("a", "corrupt", False))
-    assert _route(pod, "a", Hop.HIT_ONLY) == Refuse(Why.NOT_HERE)
+    assert route(pod, "a", Hop.HIT_ONLY) == Refuse(Why.NOT_HERE)
 
 
 @pytest.mark.parametrize(("retryable", "why"), [(False, Why.LOAD_FAILED), (True, Why.LOAD_FAILED_FOR_NOW)])
 def test_6_asked_to_load_what_failed_here(pod: Pod, retryable: bool, why: Why) -> None:
     pod.want("a")
     pod.step(LoadFailed("a", "corrupt", retryable))
-    assert _route(pod, "a", Hop.LOAD_HERE) == Refuse(why, "corrupt")
-    assert _route(pod, "a") == Refuse(why, "pod p1: corrupt")
+    assert route(pod, "a", Hop.LOAD_HERE) == Refuse(why, "corrupt")
+    assert route(pod, "a") == Refuse(why, "pod p1: corrupt")
 
 
 def test_6_a_load_that_failed_on_enough_pods(pod: Pod) -> None:
     """`load_tries` (ModelMesh: 3), whatever their number."""
-    _peers(pod, *(f"p{i}" for i in range(2, 9)))
+    peers(pod, *(f"p{i}" for i in range(2, 9)))
     for number in (2, 3):
         pod.view.apply(held(f"p{number}", "a", CopyStatus.FAILED, error="corrupt"))
-        assert isinstance(_route(pod), LoadHere | Forward)
+        assert isinstance(route(pod), LoadHere | Forward)
     pod.view.apply(held("p4", "a", CopyStatus.FAILED, error="busy", retryable=True))
-    refusal = _route(pod)
+    refusal = route(pod)
     assert refusal == Refuse(Why.LOAD_FAILED_FOR_NOW, "pod p2: corrupt; pod p3: corrupt; pod p4: busy")
     pod.view.remove(copy_key("p4", "a"))
-    assert isinstance(_route(pod), LoadHere | Forward)
+    assert isinstance(route(pod), LoadHere | Forward)
 
 
 def test_6_larger_than_any_pod(pod: Pod) -> None:
     pod.view.apply(held("gone", "a", size_bytes=21, registration=1))
     pod.view.apply(peer("p2", capacity_bytes=20))
-    assert _route(pod) == Refuse(Why.LOAD_FAILED, "needs 21 bytes; the largest pod holds 20 bytes")
+    assert route(pod) == Refuse(Why.LOAD_FAILED, "needs 21 bytes; the largest pod holds 20 bytes")
     pod.view.apply(peer("p3", capacity_bytes=21))
-    assert _route(pod) == Forward("p3", Hop.LOAD_HERE)
+    assert route(pod) == Forward("p3", Hop.LOAD_HERE)
 
 
 def test_6_every_pod_that_could_hold_it_was_tried(pod: Pod) -> None:
-    _peers(pod, "p2")
-    refusal = _route(pod, "a", Hop.CLIENT, "p1", "p2")
+    peers(pod, "p2")
+    refusal = route(pod, "a", Hop.CLIENT, "p1", "p2")
     assert refusal == Refuse(Why.NO_POD, "no pod that could hold it can be reached")
 
 
@@ -168,12 +149,12 @@ def test_6_draining(pod: Pod) -> None:
     pod.want("b")
     pod.step(DrainStarted())
     assert pod.engine.pod_record().draining
-    assert _route(pod, "a") == Serve(pod.copy("a"))
-    assert _route(pod, "b", Hop.LOAD_HERE) == Join(pod.copy("b"))
-    assert _route(pod, "c", Hop.LOAD_HERE) == Refuse(Why.NOT_HERE)
-    assert _route(pod, "c") == Refuse(Why.NO_POD, "every pod is draining")
-    _peers(pod, "p2")
-    assert _route(pod, "c") == Forward("p2", Hop.LOAD_HERE)
+    assert route(pod, "a") == Serve(pod.copy("a"))
+    assert route(pod, "b", Hop.LOAD_HERE) == Join(pod.copy("b"))
+    assert route(pod, "c", Hop.LOAD_HERE) == Refuse(Why.NOT_HERE)
+    assert route(pod, "c") == Refuse(Why.NO_POD, "every pod is draining")
+    peers(pod, "p2")
+    assert route(pod, "c") == Forward("p2", Hop.LOAD_HERE)
 
 
 @pytest.mark.parametrize("hop", [Hop.HIT_ONLY, Hop.LOAD_HERE])
@@ -186,7 +167,7 @@ def test_what_was_forwarded_is_never_forwarded_again(pod: Pod, hop: Hop) -> None
     pod.want("d")
     pod.step(LoadFailed("d", "corrupt", False))
     for model_id in "abcd":
-        assert not isinstance(_route(pod, model_id, hop), Forward)
+        assert not isinstance(route(pod, model_id, hop), Forward)
     pod.step(DrainStarted())
     for model_id in "abcd":
-        assert not isinstance(_route(pod, model_id, hop), Forward)
+        assert not isinstance(route(pod, model_id, hop), Forward)
