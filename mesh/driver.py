@@ -34,6 +34,7 @@ from placement.messages import (
     Event,
     LoadFailed,
     LoadFinished,
+    LoadOn,
     Publish,
     SettleVModel,
     SizeEstimated,
@@ -85,6 +86,7 @@ class Driver:
         self.engine = engine
         self._ensure_loaded: Callable[[ModelId], Awaitable[None]] | None = None
         self._settle_vmodel: Callable[[SettleVModel], Awaitable[None]] | None = None
+        self._load_on: Callable[[LoadOn], Awaitable[None]] | None = None
         self._publisher = publisher
         self._tasks = tasks
         self._allowed_code = allowed_code
@@ -94,7 +96,7 @@ class Driver:
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, with the bug, when an impossible state was found."""
         self._leading: set[object] = set()
-        """What the leader asked for and is still under way."""
+        """What was asked of other pods and is still under way."""
         # Unloads and estimates must not queue behind loads, or room would wait for what waits for room.
         slots = engine.limits.load_slots
         self._loading = ThreadPoolExecutor(slots, "load")
@@ -107,9 +109,10 @@ class Driver:
         self,
         ensure_loaded: Callable[[ModelId], Awaitable[None]],
         settle_vmodel: Callable[[SettleVModel], Awaitable[None]],
+        load_on: Callable[[LoadOn], Awaitable[None]],
     ) -> None:
-        """How the leader's wishes are met; both need routing, which needs this driver."""
-        self._ensure_loaded, self._settle_vmodel = ensure_loaded, settle_vmodel
+        """How wishes that concern other pods are met; all need routing, which needs this driver."""
+        self._ensure_loaded, self._settle_vmodel, self._load_on = ensure_loaded, settle_vmodel, load_on
 
     # Requests
 
@@ -230,9 +233,12 @@ class Driver:
                 case SettleVModel():
                     assert self._settle_vmodel is not None
                     self._lead(action, self._settle_vmodel, action)
+                case LoadOn():
+                    assert self._load_on is not None
+                    self._lead(action, self._load_on, action)
 
     def _lead(self, action: Action, work: Callable[[T], Awaitable[None]], argument: T) -> None:
-        """The leader plans the same action at every tick until it shows; carry it out once at a time."""
+        """The same action is planned at every tick until it shows; carry it out once at a time."""
 
         async def once() -> None:
             try:

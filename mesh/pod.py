@@ -166,7 +166,7 @@ class Pod:
         router = Router(driver, client, directory)
         residency = Residency(driver, router, client, tasks)
         vmodels = VModels(engine, registry, mirror, residency)
-        driver.lead_with(residency.ensure_quietly, vmodels.settle)
+        driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
         observed = metrics.Metrics(engine, driver.in_line)
         handlers = observed.timed(

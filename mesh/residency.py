@@ -12,7 +12,7 @@ from mesh.errors import MeshError
 from mesh.router import HOP, MODEL, Router
 from mesh.rpc import HOLDER, Call, Client
 from placement.cache import Copy
-from placement.messages import CopyUnwanted, Hop
+from placement.messages import CopyUnwanted, Hop, LoadOn
 from placement.records import CopyRecord, CopyStatus, ModelId, PodId
 from protos import management_pb2 as pb
 
@@ -63,6 +63,25 @@ class Residency:
             log.warning("model %r is not loaded after %.0f s", model_id, _BACKGROUND_S)
         finally:
             self._under_way.discard(model_id)
+
+    async def load_on(self, wanted: LoadOn) -> None:
+        """Have a certain pod load a model; its failure is only logged."""
+        pod = self._engine.view.pods.get(wanted.pod_id)
+        deadline = asyncio.get_running_loop().time() + _BACKGROUND_S
+        request = pb.EnsureLoadedRequest(modelId=wanted.model_id, sync=True).SerializeToString()
+        metadata = ((HOP, Hop.LOAD_HERE.value), (MODEL, wanted.model_id.encode()))
+        try:
+            async with asyncio.timeout_at(deadline):
+                if wanted.pod_id == self._engine.pod_id:
+                    await self.ensure_for(
+                        Call(ENSURE_LOADED, (), deadline), request, wanted.model_id, Hop.LOAD_HERE, None
+                    )
+                elif pod is not None:
+                    await self._client.call(pod.address, ENSURE_LOADED, request, metadata, deadline)
+        except MeshError as error:
+            log.warning("model %r on pod %s: %s", wanted.model_id, wanted.pod_id, error)
+        except TimeoutError:
+            log.warning("model %r is not loaded on pod %s after %.0f s", wanted.model_id, wanted.pod_id, _BACKGROUND_S)
 
     async def ensure_for(self, call: Call, message: bytes, model_id: ModelId, hop: Hop, used_ms: int | None) -> bytes:
         """The same for a call that came from a pod."""

@@ -127,7 +127,16 @@ class SettleVModel:
     new: VModelRecord
 
 
-Action = EstimateSize | StartLoad | StartUnload | Publish | Unpublish | Wake | EnsureLoaded | SettleVModel
+@dataclass(frozen=True, slots=True)
+class LoadOn:
+    """Another copy is wanted, on that pod. If it cannot be had there, nobody is told: whoever wanted it will see that
+    it is not there, and want it again."""
+
+    model_id: ModelId
+    pod_id: PodId
+
+
+Action = EstimateSize | StartLoad | StartUnload | Publish | Unpublish | Wake | EnsureLoaded | SettleVModel | LoadOn
 
 # Routes: where a request goes.
 

@@ -1,7 +1,8 @@
-"""What the registry holds, and its keys: models, vmodels, pods, and the copies pods have.
+"""What the registry holds, and its keys: models, vmodels, tenants, pods, and the copies pods have.
 
     models/<model>          registered models; compare-and-set
     vmodels/<vmodel>        aliases; compare-and-set together with the models they count
+    tenants/<tenant>        what a tenant is granted; compare-and-set
     pods/<pod>              one per live pod, bound to its lease
     copies/<pod>/<model>    one per copy, bound to the same lease: a dead pod's copies vanish with it
 
@@ -19,6 +20,7 @@ from typing import Any, Final
 
 ModelId = str
 PodId = str
+TenantId = str
 
 
 class BadRecord(ValueError):
@@ -31,6 +33,24 @@ class CopyStatus(StrEnum):
     LOADING = "loading"
     LOADED = "loaded"
     FAILED = "failed"
+    HELD = "held"
+    """Not loaded, but the bytes lie in a lower tier of that pod (`CopyRecord.tier`): loading there is cheap."""
+
+
+class Tier(StrEnum):
+    """Where a model's bytes lie on a pod, nearest first; farther than all of them is the store it is loaded from."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class Priority(StrEnum):
+    """Classes of models and requests, first to go first."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +68,22 @@ class ModelRecord:
     """How many vmodels point here (active or target); kept in the same commit as the vmodel."""
     auto_delete: bool = False
     """Unregister when `refs` falls to 0."""
+    # How it is to be placed; may change while copies are loaded.
+    tenant: TenantId = ""
+    min_copies: int = 0
+    """Copies to be kept loaded, also when nobody asks."""
+    max_copies: int = 0
+    """0: as many as are worth it."""
+    pinned: bool = False
+    """Its copies are not evicted for room."""
+    idle_unload_s: int = 0
+    """Copies beyond `min_copies` that were not used for so long are given up; 0: only for room."""
+    requires: str = ""
+    """Labels that a pod must have (`placement.labels`)."""
+    priority: Priority = Priority.NORMAL
+    """Of requests that do not tell their own."""
+    slo_ms: int = 0
+    """Time in which a request should be answered; 0: the mesh's default."""
     revision: int = field(default=0, compare=False)
     created: int = field(default=0, compare=False)
 
@@ -62,6 +98,24 @@ class VModelRecord:
     owner: str = ""
     failed: str = ""
     """Why the transition is blocked; empty: it is not."""
+    revision: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """What a tenant is granted. A tenant without a record has no guarantee and no limit, and the weight 1."""
+
+    tenant_id: TenantId
+    guaranteed_bytes: int = 0
+    """Others' loads do not evict it below this, held pod by pod in proportion to the pods' capacity."""
+    max_bytes: int = 0
+    """Loaded bytes in the whole mesh; 0: no limit."""
+    weight: int = 1
+    """Share of a full pod: its weight over that of all tenants with copies there."""
+    max_loads: int = 0
+    """Loads under way on one pod; 0: no limit."""
+    max_models: int = 0
+    """Registered models; 0: no limit."""
     revision: int = field(default=0, compare=False)
 
 
@@ -82,6 +136,15 @@ class PodRecord:
     failed: int = 0
     draining: bool = False
     version: str = ""
+    labels: str = ""
+    """What kind of pod it is, and where (`placement.labels`)."""
+    host_free_bytes: int = 0
+    disk_free_bytes: int = 0
+    queue_ms: int = 0
+    """How long a load that is asked for now would wait for its turn, as estimated."""
+    load_fixed_ms: int = 0
+    load_bytes_per_ms: int = 0
+    """What loads from the store took here lately: a fixed time plus the bytes over this; 0: not known."""
     revision: int = field(default=0, compare=False)
     created: int = field(default=0, compare=False)
 
@@ -100,9 +163,12 @@ class CopyRecord:
     retryable: bool = False
     registration: int = 0
     """`created` of the model's record it is a copy of: what was measured says nothing of a later registration."""
+    tier: Tier = Tier.DEVICE
+    used_ms: int = 0
+    """When it was last used as far as was published: up to some minutes ago; Unix ms."""
 
 
-Record = ModelRecord | VModelRecord | PodRecord | CopyRecord
+Record = ModelRecord | VModelRecord | TenantRecord | PodRecord | CopyRecord
 
 _STAMPS: Final = {"revision", "created"}
 """The registry's own numbers: not part of the value."""
@@ -114,6 +180,10 @@ def model_key(model_id: ModelId) -> str:
 
 def vmodel_key(vmodel_id: str) -> str:
     return f"vmodels/{vmodel_id}"
+
+
+def tenant_key(tenant_id: TenantId) -> str:
+    return f"tenants/{tenant_id}"
 
 
 def pod_key(pod_id: PodId) -> str:
@@ -130,6 +200,8 @@ def key_of(record: Record) -> str:
             return model_key(record.model_id)
         case VModelRecord():
             return vmodel_key(record.vmodel_id)
+        case TenantRecord():
+            return tenant_key(record.tenant_id)
         case PodRecord():
             return pod_key(record.pod_id)
         case CopyRecord():
@@ -182,11 +254,13 @@ def _checked(key: str, cls: type[Any], members: Mapping[str, Any]) -> dict[str, 
     for f in fields(cls):
         if f.name in members and f.name not in _STAMPS:
             value = members[f.name]
-            if f.type == "CopyStatus":
+            words = _WORDS.get(f.type)
+            if words is not None:
                 try:
-                    value = CopyStatus(value)
+                    value = words(value)
                 except ValueError:
-                    raise BadRecord(f"{key!r}: {f.name} {_repr(value)} is not a copy's status") from None
+                    expected = ", ".join(words)
+                    raise BadRecord(f"{key!r}: {f.name} {_repr(value)} is not one of {expected}") from None
             elif type(value) is not _JSON_TYPES.get(f.type, str):
                 raise BadRecord(f"{key!r}: {f.name} must be a JSON {f.type}, found {_repr(value)}")
             elif type(value) is int and not 0 <= value < 1 << 63:
@@ -199,10 +273,12 @@ _repr: Final = reprlib.repr
 """Of bounded length and depth: values are as large as whoever wrote them pleased."""
 
 _JSON_TYPES: Final[dict[object, type]] = {"int": int, "bool": bool}
+_WORDS: Final[dict[object, type[StrEnum]]] = {word.__name__: word for word in (CopyStatus, Tier, Priority)}
 
 _TABLE: Final[dict[str, tuple[type[Any], tuple[str, ...]]]] = {
     "models": (ModelRecord, ("model_id",)),
     "vmodels": (VModelRecord, ("vmodel_id",)),
+    "tenants": (TenantRecord, ("tenant_id",)),
     "pods": (PodRecord, ("pod_id",)),
     "copies": (CopyRecord, ("pod_id", "model_id")),
 }

@@ -18,6 +18,8 @@ from placement.records import (
     PodId,
     PodRecord,
     Record,
+    TenantId,
+    TenantRecord,
     VModelRecord,
 )
 
@@ -30,6 +32,7 @@ class ClusterView:
     def __init__(self) -> None:
         self.models: dict[ModelId, ModelRecord] = {}
         self.vmodels: dict[str, VModelRecord] = {}
+        self.tenants: dict[TenantId, TenantRecord] = {}
         self.pods: dict[PodId, PodRecord] = {}
         self.in_transition: set[str] = set()
         """VModels whose target is not active yet."""
@@ -81,6 +84,10 @@ class ClusterView:
                     self.in_transition.add(record.vmodel_id)
                 else:
                     self.in_transition.discard(record.vmodel_id)
+            case TenantRecord():
+                granted = self.tenants.get(record.tenant_id)
+                if granted is None or granted.revision <= record.revision:
+                    self.tenants[record.tenant_id] = record
             case PodRecord():
                 self.pods[record.pod_id] = record
             case CopyRecord():
@@ -106,6 +113,10 @@ class ClusterView:
                 if vmodel is not None and (revision is None or vmodel.revision <= revision):
                     del self.vmodels[rest]
                     self.in_transition.discard(rest)
+            case "tenants":
+                tenant = self.tenants.get(rest)
+                if tenant is not None and (revision is None or tenant.revision <= revision):
+                    del self.tenants[rest]
             case "pods":
                 self.pods.pop(rest, None)
             case "copies":
@@ -129,7 +140,7 @@ class ClusterView:
         for model_id, (registration, _) in list(self._sizes.items()):
             if model_id not in models or models[model_id].created != registration:
                 self._forget_size(model_id)
-        self.models, self.vmodels, self.pods, self._copies = {}, {}, {}, {}
+        self.models, self.vmodels, self.tenants, self.pods, self._copies = {}, {}, {}, {}, {}
         self.in_transition.clear()
         for record in records:
             self.apply(record)
