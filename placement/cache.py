@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from placement.lifecycle import CopyState, Move, next_state
-from placement.policies.base import EvictionPolicy
+from placement.policies.base import EvictionPolicy, Worth
 from placement.records import ModelId, ModelRecord
 
 
@@ -35,6 +35,12 @@ class Copy:
     """When it came into its state."""
     used_ms: int
     """Where it enters the eviction order when it is loaded."""
+    uses: int = 1
+    """Requests that wanted it until it was loaded."""
+    reload_ms: float = 1.0
+    run_ms: float = 0.0
+    slo_ms: float = 100.0
+    """These three: as in `Worth`."""
     state: CopyState = CopyState.QUEUED
     size_bytes: int = 0
     """What the books hold for it: estimated until LOADED, measured from then on."""
@@ -55,6 +61,10 @@ class Copy:
 
     def __repr__(self) -> str:
         return f"<{self.model.model_id} {self.state.value} {self.size_bytes}B pins={self.pins}>"
+
+    @property
+    def worth(self) -> Worth:
+        return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms)
 
 
 class Cache:
@@ -120,7 +130,7 @@ class Cache:
         if move is Move.SETTLE:
             copy.size_bytes = copy.measured_bytes
         if after is CopyState.LOADED:
-            self.policy.insert(model_id, copy.size_bytes, copy.used_ms)
+            self.policy.insert(model_id, copy.worth, copy.used_ms, copy.uses)
         elif before is CopyState.LOADED:
             self.policy.remove(model_id)
         if after is CopyState.GONE:
@@ -130,12 +140,12 @@ class Cache:
         if after in _HOLDING:
             self._bytes[after] += copy.size_bytes
 
-    def victims(self, need_bytes: int) -> list[Copy] | None:
+    def victims(self, need_bytes: int, now_ms: int) -> list[Copy] | None:
         """The coldest unpinned LOADED copies that together hold `need_bytes`; None: there are not enough."""
         if need_bytes <= 0:
             return []
         chosen: list[Copy] = []
-        with closing(self.policy.coldest()) as coldest:
+        with closing(self.policy.coldest(now_ms)) as coldest:
             for model_id in coldest:
                 copy = self.copies[model_id]
                 if not copy.pins:
@@ -152,7 +162,7 @@ class Cache:
             assert self._in_state[state] == copies, state
             held = sum(copy.size_bytes for copy in copies.values()) if state in _HOLDING else 0
             assert self._bytes[state] == held, (state, self._bytes[state], held)
-        assert set(self.policy.coldest()) == set(self._in_state[CopyState.LOADED])
+        assert sorted(self.policy.coldest(0)) == sorted(self._in_state[CopyState.LOADED])
         assert self.resident_bytes <= self.capacity_bytes, self
         assert self.committed_bytes <= self.capacity_bytes, self
         assert all(copy.pins >= 0 for copy in self.copies.values())

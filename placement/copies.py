@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from placement.cache import Cache, Copy
+from placement.costs import LoadCosts, Source
 from placement.lifecycle import IN_FLIGHT, CopyState, IllegalMove, Move
 from placement.messages import (
     Action,
@@ -45,6 +46,8 @@ class Limits:
     """How long a copy that turned out larger than estimated may wait for its room before it is given up."""
     queue_patience_ms: int = 10_000
     """How long a copy may be queued before finding no room for it is the answer."""
+    slo_ms: int = 100
+    """Within what requests should be answered for models that were registered without a word on it."""
 
 
 class LocalCopies:
@@ -54,6 +57,7 @@ class LocalCopies:
         self.pod_id = pod_id
         self.limits = limits
         self.cache = Cache(limits.capacity_bytes, policy)
+        self.costs = LoadCosts()
         self._view = view
         self._stats = stats
         self._starved = False
@@ -98,6 +102,7 @@ class LocalCopies:
             self.cache.policy.touch(event.model_id, used_ms)
         else:
             copy.used_ms = max(copy.used_ms, used_ms)
+            copy.uses += 1
 
     def estimated(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
         if copy.state is not CopyState.QUEUED or copy.estimated:
@@ -113,8 +118,10 @@ class LocalCopies:
 
     def loaded(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
         """The load has ended well; `advance` corrects the books."""
+        took_ms = now_ms - copy.since_ms
         self.cache.move(copy, Move.FINISH, now_ms)
         self._stats.loads_finished += 1
+        self.costs.observe(copy.model.model_id, Source.DISK, size_bytes, took_ms)
         copy.measured_bytes = size_bytes
         if copy.doomed:
             self._evict(copy, now_ms, actions)
@@ -215,6 +222,8 @@ class LocalCopies:
             self._evict(copy, now_ms, actions)
         elif self._make_room(excess, now_ms, actions):
             if excess <= self.cache.free_bytes:
+                copy.reload_ms = self.costs.reload_ms(copy.model.model_id, Source.DISK, copy.measured_bytes)
+                copy.slo_ms = copy.model.slo_ms or self.limits.slo_ms
                 self.cache.move(copy, Move.SETTLE, now_ms)
                 actions += (Publish(self.record(copy)), Wake(copy.model.model_id))
         elif now_ms - copy.since_ms >= self.limits.room_patience_ms:
@@ -227,12 +236,14 @@ class LocalCopies:
 
     def _make_room(self, need_bytes: int, now_ms: int, actions: list[Action]) -> bool:
         """Evict until `need_bytes` can be promised; False: pins and loads hold too much."""
-        victims = self.cache.victims(need_bytes - (self.limits.capacity_bytes - self.cache.committed_bytes))
+        need_bytes -= self.limits.capacity_bytes - self.cache.committed_bytes
+        victims = self.cache.victims(need_bytes, now_ms)
         if victims is None:
             self._starved = True
             return False
         for victim in victims:
             self._stats.evictions += 1
+            self.cache.policy.evict(victim.model.model_id)
             self._evict(victim, now_ms, actions)
         return True
 

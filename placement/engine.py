@@ -93,6 +93,7 @@ class Engine:
                 return self._forward(holder, Hop.HIT_ONLY)
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
             copy.used_ms = max(copy.used_ms, used_ms)
+            copy.uses += 1
             self.stats.joins += 1
             return Join(copy)
         if hop is Hop.CLIENT:

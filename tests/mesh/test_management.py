@@ -117,9 +117,9 @@ async def test_ensure_loaded_loads_and_touches(mesh: Mesh, a: Client, loads: Loa
     await mesh.register("n", load=True)
     policy = mesh.pods["a"].engine.cache.policy
     assert (await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="m", sync=True))).status == Status.LOADED
-    assert list(policy.coldest()) == ["n", "m"]  # n was used an hour ago, m now
+    assert list(policy.coldest(0)) == ["n", "m"]  # n was used an hour ago, m now
     await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="n", sync=True))
-    assert list(policy.coldest()) == ["m", "n"]
+    assert list(policy.coldest(0)) == ["m", "n"]
     assert [model for _, model in loads.seen] == ["n", "m"]
 
 
@@ -137,7 +137,7 @@ async def test_ensure_loaded_with_a_time_long_ago_pushes_nobody_out(mesh: Mesh, 
     await mesh.register("old")
     await mesh.register("m", load=True)
     await a.call("ensureLoaded", mm.EnsureLoadedRequest(modelId="old", lastUsedTime=1_000, sync=True))
-    assert list(mesh.pods["a"].engine.cache.policy.coldest()) == ["old", "m"]
+    assert list(mesh.pods["a"].engine.cache.policy.coldest(0)) == ["old", "m"]
 
 
 @pytest.mark.parametrize("kind", ["mt:synthetic", "mt:synthetic:1", "mt:synthetic|pv:grpc-v2"])

@@ -77,7 +77,7 @@ def test_victims_are_the_coldest_that_suffice(cache: Cache) -> None:
         _copy(cache, f"m{number}", 10, *_LOADED, used_ms=used_ms)
 
     def victims(need_bytes: int) -> list[str] | None:
-        chosen = cache.victims(need_bytes)
+        chosen = cache.victims(need_bytes, 0)
         return None if chosen is None else [copy.model.model_id for copy in chosen]
 
     assert victims(0) == victims(-5) == []
@@ -93,10 +93,10 @@ def test_victims_are_never_pinned_nor_anything_but_loaded(cache: Cache) -> None:
     for number in range(4):
         _copy(cache, f"m{number}", 10, *_LOADED[:number])
     _copy(cache, "unloading", 10, *_LOADED, Move.EVICT)
-    assert cache.victims(1) is None
+    assert cache.victims(1, 0) is None
     free = _copy(cache, "free", 10, *_LOADED)
-    assert cache.victims(10) == [free]
-    assert cache.victims(11) is None
+    assert cache.victims(10, 0) == [free]
+    assert cache.victims(11, 0) is None
 
 
 def test_states_are_listed_in_order_of_arrival(cache: Cache) -> None:

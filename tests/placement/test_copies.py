@@ -117,9 +117,9 @@ def test_a_queue_that_finds_no_room_is_not_searched_copy_by_copy(pod: Pod, monke
     looks: list[int] = []
     victims = pod.cache.victims
 
-    def counted(need_bytes: int) -> list[Copy] | None:
+    def counted(need_bytes: int, now_ms: int) -> list[Copy] | None:
         looks.append(need_bytes)
-        return victims(need_bytes)
+        return victims(need_bytes, now_ms)
 
     monkeypatch.setattr(pod.cache, "victims", counted)
     pod.step(Tick())

@@ -32,7 +32,7 @@ def test_1_serving_makes_the_copy_the_last_to_go(pod: Pod) -> None:
     pod.load("a", last_used_ms=START_MS - 9)
     pod.load("b", last_used_ms=START_MS - 5)
     route(pod, "a")
-    assert list(pod.cache.policy.coldest()) == ["b", "a"]
+    assert list(pod.cache.policy.coldest(0)) == ["b", "a"]
 
 
 def test_1_a_use_may_lie_back_but_not_ahead(pod: Pod) -> None:
@@ -46,7 +46,7 @@ def test_1_a_use_may_lie_back_but_not_ahead(pod: Pod) -> None:
     pod.want("b", START_MS + 60_000)
     pod.now_ms += 1
     route(pod, "a")
-    assert list(pod.cache.policy.coldest()) == ["b", "a"]
+    assert list(pod.cache.policy.coldest(0)) == ["b", "a"]
 
 
 def test_1_not_if_this_pod_was_tried_in_vain(pod: Pod) -> None:
