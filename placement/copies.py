@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from placement.cache import Cache, Copy
-from placement.costs import LoadCosts, Source
+from placement.costs import LoadCosts
 from placement.lifecycle import IN_FLIGHT, CopyState, IllegalMove, Move
 from placement.messages import (
     Action,
@@ -121,7 +121,7 @@ class LocalCopies:
         took_ms = now_ms - copy.since_ms
         self.cache.move(copy, Move.FINISH, now_ms)
         self._stats.loads_finished += 1
-        self.costs.observe(copy.model.model_id, Source.DISK, size_bytes, took_ms)
+        self.costs.observe(copy.model.model_id, None, size_bytes, took_ms)
         copy.measured_bytes = size_bytes
         if copy.doomed:
             self._evict(copy, now_ms, actions)
@@ -222,7 +222,7 @@ class LocalCopies:
             self._evict(copy, now_ms, actions)
         elif self._make_room(excess, now_ms, actions):
             if excess <= self.cache.free_bytes:
-                copy.reload_ms = self.costs.reload_ms(copy.model.model_id, Source.DISK, copy.measured_bytes)
+                copy.reload_ms = self.costs.reload_ms(copy.model.model_id, None, copy.measured_bytes)
                 copy.slo_ms = copy.model.slo_ms or self.limits.slo_ms
                 self.cache.move(copy, Move.SETTLE, now_ms)
                 actions += (Publish(self.record(copy)), Wake(copy.model.model_id))

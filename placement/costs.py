@@ -8,30 +8,28 @@ like those. What a model itself took last time from there tells more than the li
 from __future__ import annotations
 
 from collections import OrderedDict
-from enum import StrEnum
 from typing import Final
 
-from placement.records import ModelId
+from placement.records import ModelId, Tier
 
 MIN_MS: Final = 0.1
 """No load is free: the resolution of what is measured is 1 ms."""
+MAX_BYTES_PER_MS: Final = 10**9
+"""1 TB/s: what is told of loads whose size makes no difference."""
 MAX_MODELS: Final = 65_536
 """Models whose own loads are remembered, those loaded last."""
 _HALF_LIFE: Final = 32
 _FADE: Final = 0.5 ** (1 / _HALF_LIFE)
 
 
-class Source(StrEnum):
-    """Where a load's bytes come from."""
+Source = Tier | None
+"""Where a load's bytes come from; None: the store."""
 
-    HOST = "host"
-    """Pinned host memory, into the device's."""
-    DISK = "disk"
-    STORE = "store"
-    """An object store, over the network."""
-
-
-_START: Final = {Source.HOST: (1.0, 10e6), Source.DISK: (10.0, 1e6), Source.STORE: (50.0, 1e5)}
+_START: Final[dict[Source, tuple[float, float]]] = {
+    Tier.HOST: (1.0, 10e6),
+    Tier.DISK: (10.0, 1e6),
+    None: (50.0, 1e5),
+}
 """Before anything is measured: fixed ms, and bytes per ms, on the careful side of what such links give (10 GB/s,
 1 GB/s, 100 MB/s)."""
 _START_BYTES: Final = (1e6, 1e9)
@@ -55,17 +53,18 @@ class _Line:
         self._xx = self._xx * _FADE + weight * size_bytes * size_bytes
         self._xy = self._xy * _FADE + weight * size_bytes * took_ms
 
-    def at(self, size_bytes: int) -> float:
-        """Neither part is ever negative: then the other alone explains what was seen."""
+    def fit(self) -> tuple[float, float]:
+        """Fixed ms, and ms per byte. Neither is ever negative: then the other alone explains what was seen."""
         spread = self._weight * self._xx - self._x * self._x
-        slope = (
-            (self._weight * self._xy - self._x * self._y) / spread if spread > 1e-9 * self._xx * self._weight else -1.0
-        )
-        if slope < 0:  # sizes that do not differ tell nothing of bandwidth: in proportion
-            slope = self._xy / self._xx if self._xx else 0.0
-            return slope * size_bytes
-        fixed_ms = (self._y - slope * self._x) / self._weight
-        return slope * size_bytes + fixed_ms if fixed_ms >= 0 else self._xy / self._xx * size_bytes
+        if spread > 1e-9 * self._xx * self._weight:
+            slope = (self._weight * self._xy - self._x * self._y) / spread
+            if slope < 0:
+                return self._y / self._weight, 0.0
+            fixed_ms = (self._y - slope * self._x) / self._weight
+            if fixed_ms >= 0:
+                return fixed_ms, slope
+        # Sizes that do not differ tell nothing of a fixed part.
+        return (0.0, self._xy / self._xx) if self._xx else (self._y / self._weight, 0.0)
 
 
 class LoadCosts:
@@ -84,8 +83,14 @@ class LoadCosts:
         if len(self._last) > MAX_MODELS:
             self._last.popitem(last=False)
 
+    def line(self, source: Source) -> tuple[int, int]:
+        """Fixed ms, and bytes per ms (`PodRecord.load_fixed_ms`, `load_bytes_per_ms`)."""
+        fixed_ms, ms_per_byte = self._lines[source].fit()
+        return round(fixed_ms), min(MAX_BYTES_PER_MS, round(1 / max(ms_per_byte, 1 / MAX_BYTES_PER_MS)))
+
     def reload_ms(self, model_id: ModelId, source: Source, size_bytes: int) -> float:
         """What loading the model would take, without waiting for others."""
-        expected_ms = max(MIN_MS, self._lines[source].at(size_bytes))
+        fixed_ms, ms_per_byte = self._lines[source].fit()
+        expected_ms = max(MIN_MS, fixed_ms + ms_per_byte * size_bytes)
         known = self._last.get(model_id)
         return (expected_ms + known[2]) / 2 if known is not None and known[:2] == (source, size_bytes) else expected_ms
