@@ -31,8 +31,8 @@ from mesh.residency import Residency
 from mesh.router import Router
 from mesh.rpc import Call, Client, Handlers
 from mesh.vmodels import VModels
-from placement.copies import Limits
 from placement.engine import Engine
+from placement.limits import Limits
 from placement.messages import DrainStarted
 from placement.policies import POLICIES
 from placement.records import ModelRecord

@@ -12,8 +12,9 @@ from typing import Final
 
 from placement import leader
 from placement.cache import Copy
-from placement.copies import Limits, LocalCopies
+from placement.copies import LocalCopies
 from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.limits import Limits
 from placement.messages import (
     Action,
     CopyUnwanted,

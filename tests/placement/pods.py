@@ -7,9 +7,9 @@ from random import Random
 from typing import Any
 
 from placement.cache import Copy
-from placement.copies import Limits
 from placement.engine import Engine
 from placement.lifecycle import CopyState
+from placement.limits import Limits
 from placement.messages import (
     Action,
     CopyUnwanted,
