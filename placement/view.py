@@ -23,6 +23,7 @@ from placement.records import (
     VModelRecord,
 )
 
+_IN_MEMORY: Final = frozenset({CopyStatus.LOADED, CopyStatus.LOADING})
 _NO_COPIES: Final[Mapping[PodId, CopyRecord]] = MappingProxyType({})
 
 
@@ -40,6 +41,9 @@ class ClusterView:
         self._sizes: dict[ModelId, tuple[int, int]] = {}
         """Registration (`ModelRecord.created`) and the size of its copies."""
         self._sizes_sum = 0
+        self._tenant_bytes: dict[TenantId, dict[PodId, int]] = {}
+        """Loaded and loading copies of models that have a tenant."""
+        self._tenant_models: dict[TenantId, int] = {}
 
     def copies(self, model_id: ModelId) -> Mapping[PodId, CopyRecord]:
         """The model's copies by pod. A pod's record may be gone before its copies', or come after them."""
@@ -57,6 +61,18 @@ class ClusterView:
         model, known = self.models.get(model_id), self._sizes.get(model_id)
         return known[1] if model is not None and known is not None and known[0] == model.created else None
 
+    def tenant_bytes(self, tenant: TenantId, *, without: PodId) -> int:
+        """Bytes of a tenant's copies on all pods but one."""
+        pods = self._tenant_bytes.get(tenant, {})
+        return sum(pods.values()) - pods.get(without, 0)
+
+    def tenant_models(self, tenant: TenantId) -> int:
+        """How many models a tenant has registered."""
+        return self._tenant_models.get(tenant, 0)
+
+    def tenant_bytes_on(self, tenant: TenantId, pod_id: PodId) -> int:
+        return self._tenant_bytes.get(tenant, {}).get(pod_id, 0)
+
     def learn_size(self, model_id: ModelId, registration: int, size_bytes: int) -> None:
         """A copy of the model was measured. A pod that lags may still tell of an earlier registration's."""
         known_registration, known_bytes = self._sizes.get(model_id, (registration, 0))
@@ -72,6 +88,10 @@ class ClusterView:
                 old = self.models.get(record.model_id)
                 if old is not None and old.revision > record.revision:
                     return None
+                if old is None or old.tenant != record.tenant:
+                    self._attribute(record.model_id, -1)
+                    self.models[record.model_id] = record
+                    self._attribute(record.model_id, 1)
                 self.models[record.model_id] = record
                 if old is not None and not same_contents(old, record):
                     return record.model_id
@@ -91,7 +111,10 @@ class ClusterView:
             case PodRecord():
                 self.pods[record.pod_id] = record
             case CopyRecord():
-                self._copies.setdefault(record.model_id, {})[record.pod_id] = record
+                copies = self._copies.setdefault(record.model_id, {})
+                self._count(copies.get(record.pod_id), -1)
+                copies[record.pod_id] = record
+                self._count(record, 1)
                 if record.status is CopyStatus.LOADED:
                     self.learn_size(record.model_id, record.registration, record.size_bytes)
         return None
@@ -105,6 +128,7 @@ class ClusterView:
                 model = self.models.get(rest)
                 if model is None or (revision is not None and model.revision > revision):
                     return None
+                self._attribute(rest, -1)
                 del self.models[rest]
                 self._forget_size(rest)
                 return rest
@@ -122,7 +146,9 @@ class ClusterView:
             case "copies":
                 pod_id, _, model_id = rest.partition("/")
                 copies = self._copies.get(model_id)
-                if copies is not None and copies.pop(pod_id, None) is not None and not copies:
+                copy = copies.pop(pod_id, None) if copies is not None else None
+                self._count(copy, -1)
+                if copy is not None and not copies:
                     del self._copies[model_id]
                     if model_id not in self.models:
                         self._forget_size(model_id)
@@ -142,14 +168,41 @@ class ClusterView:
                 self._forget_size(model_id)
         self.models, self.vmodels, self.tenants, self.pods, self._copies = {}, {}, {}, {}, {}
         self.in_transition.clear()
+        self._tenant_bytes.clear()
+        self._tenant_models.clear()
         for record in records:
             self.apply(record)
         return changed
+
+    def _attribute(self, model_id: ModelId, sign: int) -> None:
+        """Count a model and its copies for the tenant it has now, or no longer."""
+        model = self.models.get(model_id)
+        if model is None or not model.tenant:
+            return
+        models = self._tenant_models.pop(model.tenant, 0) + sign
+        if models:
+            self._tenant_models[model.tenant] = models
+        for copy in self._copies.get(model_id, _NO_COPIES).values():
+            self._count(copy, sign)
+
+    def _count(self, copy: CopyRecord | None, sign: int) -> None:
+        model = self.models.get(copy.model_id) if copy is not None else None
+        if copy is None or model is None or not model.tenant or copy.status not in _IN_MEMORY:
+            return
+        pods = self._tenant_bytes.setdefault(model.tenant, {})
+        size_bytes = pods.get(copy.pod_id, 0) + sign * copy.size_bytes
+        if size_bytes:
+            pods[copy.pod_id] = size_bytes
+        else:
+            pods.pop(copy.pod_id, None)
+            if not pods:
+                del self._tenant_bytes[model.tenant]
 
     def _forget_size(self, model_id: ModelId) -> None:
         self._sizes_sum -= self._sizes.pop(model_id, (0, 0))[1]
 
 
 def same_contents(a: ModelRecord, b: ModelRecord) -> bool:
-    """Whether copies of one serve for the other: same registration, same files, same way to read them."""
-    return (a.created, a.format, a.path, a.key) == (b.created, b.format, b.path, b.key)
+    """Whether copies of one serve for the other: same registration, same files, same way to read them, same tenant, in
+    whose books the copies are."""
+    return (a.created, a.format, a.path, a.key, a.tenant) == (b.created, b.format, b.path, b.key, b.tenant)
