@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
+from contextlib import closing
+from itertools import islice
+
 from placement.cache import Cache, Copy
 from placement.lifecycle import CopyState, Move
 from placement.limits import Limits
 from placement.messages import Action
 from placement.moves import Moves
+from placement.records import TenantId
 from placement.stats import Stats
+from placement.tenants import Tenants, choose
 
 
 class Admission:
     """Promises room on one pod, and makes it."""
 
-    def __init__(self, limits: Limits, cache: Cache, moves: Moves, stats: Stats) -> None:
+    def __init__(self, limits: Limits, cache: Cache, moves: Moves, tenants: Tenants, stats: Stats) -> None:
         self.starved = False
         """Something waits for bytes that pins hold."""
         self._limits = limits
         self._cache = cache
         self._moves = moves
+        self._tenants = tenants
         self._stats = stats
 
     def advance(self, now_ms: int, actions: list[Action]) -> None:
@@ -38,23 +46,55 @@ class Admission:
             self._promise(slots, now_ms, actions)
 
     def _promise(self, slots: int, now_ms: int, actions: list[Action]) -> None:
-        """Take copies from the queue in order of arrival. One for which pins and loads leave no room is overtaken by
-        smaller ones, so that it does not hold up the pod."""
-        no_room_for = self._limits.capacity_bytes + 1
-        for copy in [c for c in self._cache.in_state(CopyState.QUEUED) if c.estimated]:
-            if copy.size_bytes >= no_room_for or not self._make_room(copy.size_bytes, now_ms, actions):
-                no_room_for = min(no_room_for, copy.size_bytes)
-                if now_ms - copy.since_ms >= self._limits.queue_patience_ms:
-                    copy.no_room = True
-                    error = f"no room for {copy.size_bytes} bytes: all is in use"
-                    self._moves.fail(copy, error, True, now_ms, actions)
+        """Take copies from the queue: tenants by turns, and of each the first to come. One for which pins and loads
+        leave no room is overtaken by smaller ones, so that it does not hold up the pod."""
+        no_room_for: dict[TenantId, int] = {}
+        queues: dict[TenantId, deque[Copy]] = {}
+        for copy in self._cache.in_state(CopyState.QUEUED):
+            if copy.estimated:
+                queues.setdefault(copy.tenant, deque()).append(copy)
+        while slots and queues:
+            tenant = min(queues, key=self._tenants.turn)
+            if not (queues[tenant] and self._tenants.may_start(tenant, self._cache.tenant_loads.get(tenant, 0))):
+                del queues[tenant]
+                continue
+            copy = queues[tenant].popleft()
+            least = no_room_for.get(tenant, copy.size_bytes + 1)
+            if copy.size_bytes >= least or not self._make_room(tenant, copy.size_bytes, now_ms, actions):
+                no_room_for[tenant] = min(least, copy.size_bytes)
+                self._reject(copy, now_ms, actions)
                 continue
             self._cache.move(copy, Move.PROMISE, now_ms)
+            self._tenants.started(tenant, copy.size_bytes)
             if copy.size_bytes <= self._cache.free_bytes:
                 self._moves.load(copy, now_ms, actions)
             slots -= 1
-            if slots == 0:
-                return
+
+    def _reject(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
+        """There is no room for a queued copy: it waits for some, unless that is in vain or it has waited long."""
+        tenant = self._tenants.record(copy.tenant)
+        own_bytes = self._tenants.above_limit_bytes(
+            copy.tenant, self._cache.tenant_bytes.get(copy.tenant, 0), copy.size_bytes
+        )
+        if own_bytes > self._cache.tenant_bytes.get(copy.tenant, 0):
+            error = (
+                f"no room for {copy.size_bytes} bytes: tenant {copy.tenant!r} may have {tenant.max_bytes} (max_bytes)"
+            )
+        elif now_ms - copy.since_ms >= self._limits.queue_patience_ms:
+            error = f"no room for {copy.size_bytes} bytes: all is in use"
+        else:
+            return
+        copy.no_room = True
+        self._moves.fail(copy, error, True, now_ms, actions)
+
+    def trim(self, now_ms: int, actions: list[Action]) -> None:
+        """Give up a copy of each tenant that is above its limit: it was lowered, or pods loaded at the same time. The
+        pod with the most of the tenant's bytes does it."""
+        for tenant, used_bytes in list(self._cache.tenant_bytes.items()):
+            if self._tenants.gives_first(tenant, used_bytes):
+                with closing(self._cache.evictable(now_ms)) as evictable:
+                    victims = list(islice((copy for copy in evictable if copy.tenant == tenant), 1))
+                self._evict(victims, now_ms, actions)
 
     def _settle(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """Correct the books of a loaded copy; one that turned out larger may have to wait for evictions, or to go."""
@@ -62,7 +102,7 @@ class Admission:
         if copy.measured_bytes > self._limits.capacity_bytes:
             copy.error, copy.retryable = self._moves.too_large(copy.measured_bytes), False
             self._moves.evict(copy, now_ms, actions)
-        elif self._make_room(excess, now_ms, actions):
+        elif self._make_room(copy.tenant, excess, now_ms, actions):
             if excess <= self._cache.free_bytes:
                 self._moves.settle(copy, now_ms, actions)
         elif now_ms - copy.since_ms >= self._limits.room_patience_ms:
@@ -73,18 +113,28 @@ class Admission:
             copy.retryable = copy.no_room = True
             self._moves.evict(copy, now_ms, actions)
 
-    def _make_room(self, need_bytes: int, now_ms: int, actions: list[Action]) -> bool:
-        """Evict until `need_bytes` can be promised; False: pins and loads hold too much."""
-        need_bytes -= self._limits.capacity_bytes - self._cache.committed_bytes
-        victims = self._cache.victims(need_bytes, now_ms)
+    def _make_room(self, tenant: TenantId, more_bytes: int, now_ms: int, actions: list[Action]) -> bool:
+        """Evict until `more_bytes` can be promised to a tenant; False: pins, loads and other tenants' guarantees hold
+        too much."""
+        used_bytes = self._cache.tenant_bytes
+        need_bytes = more_bytes - (self._limits.capacity_bytes - self._cache.committed_bytes)
+        own_bytes = self._tenants.above_limit_bytes(tenant, used_bytes.get(tenant, 0), max(0, more_bytes))
+        if need_bytes <= 0 and own_bytes <= 0:
+            return True
+        with closing(self._cache.evictable(now_ms)) as evictable:
+            shares = self._tenants.shares(used_bytes, tenant)
+            victims = choose(evictable, need_bytes, own_bytes, tenant, used_bytes, shares)
         if victims is None:
             self.starved = True
             return False
+        self._evict(victims, now_ms, actions)
+        return True
+
+    def _evict(self, victims: Iterable[Copy], now_ms: int, actions: list[Action]) -> None:
         for victim in victims:
             self._stats.evictions += 1
             self._cache.policy.evict(victim.model.model_id)
             self._moves.evict(victim, now_ms, actions)
-        return True
 
 
 def _excess_bytes(copy: Copy) -> int:

@@ -16,14 +16,14 @@ Two invariants hold after every change (`check` asserts them):
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
 from placement.lifecycle import CopyState, Move, next_state
 from placement.policies.base import EvictionPolicy, Worth
-from placement.records import ModelId, ModelRecord
+from placement.records import ModelId, ModelRecord, TenantId
 
 
 @dataclass(eq=False, slots=True)
@@ -63,6 +63,10 @@ class Copy:
         return f"<{self.model.model_id} {self.state.value} {self.size_bytes}B pins={self.pins}>"
 
     @property
+    def tenant(self) -> TenantId:
+        return self.model.tenant
+
+    @property
     def worth(self) -> Worth:
         return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms)
 
@@ -76,6 +80,10 @@ class Cache:
         self.copies: dict[ModelId, Copy] = {}
         self._bytes = dict.fromkeys(CopyState, 0)
         self._in_state: dict[CopyState, dict[ModelId, Copy]] = {state: {} for state in CopyState}
+        self.tenant_bytes: dict[TenantId, int] = {}
+        """Committed, by tenant; who has nothing is left out."""
+        self.tenant_loads: dict[TenantId, int] = {}
+        """Copies WAITING or LOADING, by tenant; who has none is left out."""
 
     def __repr__(self) -> str:
         b = self._bytes
@@ -97,7 +105,7 @@ class Cache:
     @property
     def committed_bytes(self) -> int:
         """Loaded, loading or promised: what is spoken for once unloads have finished."""
-        return self.bytes_in(CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.WAITING)
+        return self.bytes_in(*_COMMITTED)
 
     @property
     def resident_bytes(self) -> int:
@@ -126,6 +134,7 @@ class Cache:
         del self._in_state[before][model_id]
         if before in _HOLDING:
             self._bytes[before] -= copy.size_bytes
+            self._attribute(copy, before, -1)
         copy.state, copy.since_ms = after, now_ms
         if move is Move.SETTLE:
             copy.size_bytes = copy.measured_bytes
@@ -139,21 +148,26 @@ class Cache:
         self._in_state[after][model_id] = copy
         if after in _HOLDING:
             self._bytes[after] += copy.size_bytes
+            self._attribute(copy, after, 1)
 
-    def victims(self, need_bytes: int, now_ms: int) -> list[Copy] | None:
-        """The coldest unpinned LOADED copies that together hold `need_bytes`; None: there are not enough."""
-        if need_bytes <= 0:
-            return []
-        chosen: list[Copy] = []
+    def _attribute(self, copy: Copy, state: CopyState, sign: int) -> None:
+        """Count what a copy holds in a state for its tenant, or no longer."""
+        for book, amount, states in (
+            (self.tenant_bytes, copy.size_bytes, _COMMITTED),
+            (self.tenant_loads, 1, _UNDER_WAY),
+        ):
+            if state in states:
+                left = book.pop(copy.tenant, 0) + sign * amount
+                if left:
+                    book[copy.tenant] = left
+
+    def evictable(self, now_ms: int) -> Generator[Copy, None, None]:
+        """The LOADED copies that nobody uses, first to go first. Whoever walks closes it."""
         with closing(self.policy.coldest(now_ms)) as coldest:
             for model_id in coldest:
                 copy = self.copies[model_id]
                 if not copy.pins:
-                    chosen.append(copy)
-                    need_bytes -= copy.size_bytes
-                    if need_bytes <= 0:
-                        return chosen
-        return None
+                    yield copy
 
     def check(self) -> None:
         """Assert the invariants and that the books equal the sum of the copies (tests and the simulator call it)."""
@@ -165,9 +179,17 @@ class Cache:
         assert sorted(self.policy.coldest(0)) == sorted(self._in_state[CopyState.LOADED])
         assert self.resident_bytes <= self.capacity_bytes, self
         assert self.committed_bytes <= self.capacity_bytes, self
+        for book, total in (
+            (self.tenant_bytes, self.committed_bytes),
+            (self.tenant_loads, self.count(*_UNDER_WAY)),
+        ):
+            assert sum(book.values()) == total, (book, total)
+            assert all(amount > 0 for amount in book.values()), book
         assert all(copy.pins >= 0 for copy in self.copies.values())
 
 
+_COMMITTED: Final = (CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.WAITING)
+_UNDER_WAY: Final = (CopyState.WAITING, CopyState.LOADING)
 _HOLDING: Final = frozenset(
     {CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING}
 )

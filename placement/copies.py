@@ -15,6 +15,7 @@ from placement.moves import Moves
 from placement.policies.base import EvictionPolicy
 from placement.records import CopyRecord, ModelId, PodId
 from placement.stats import Stats
+from placement.tenants import Tenants
 from placement.view import ClusterView
 
 
@@ -26,7 +27,8 @@ class LocalCopies:
         self.cache = Cache(limits.capacity_bytes, policy)
         self.costs = LoadCosts()
         self._moves = Moves(pod_id, limits, self.cache, self.costs, stats)
-        self._admission = Admission(limits, self.cache, self._moves, stats)
+        self.tenants = Tenants(pod_id, limits.capacity_bytes, view)
+        self._admission = Admission(limits, self.cache, self._moves, self.tenants, stats)
         self._view = view
         self._stats = stats
 
@@ -109,8 +111,10 @@ class LocalCopies:
                 copy.doomed = True
                 actions += (Unpublish(copy.model.model_id), Wake(copy.model.model_id))
 
-    def expire(self, now_ms: int, actions: list[Action]) -> None:
-        """Forget failures whose time has come."""
+    def tick(self, now_ms: int, actions: list[Action]) -> None:
+        """Forget failures whose time has come; see that tenants keep to their limits."""
+        self.tenants.refresh()
+        self._admission.trim(now_ms, actions)
         for copy in [c for c in self.cache.in_state(CopyState.FAILED) if c.expires_ms <= now_ms]:
             self._moves.drop(copy, now_ms, actions)
 

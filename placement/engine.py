@@ -181,7 +181,7 @@ class Engine:
                 if copy is not None:
                     copies.unwanted(copy, now_ms, actions)
             case Tick():
-                copies.expire(now_ms, actions)
+                copies.tick(now_ms, actions)
                 self._suspects = {p: life for p, life in self._suspects.items() if self._is_suspect(p, now_ms)}
                 self._assumed = {p: assumed for p, assumed in self._assumed.items() if self._assumed_bytes(p)}
                 actions += leader.plan(self.view, self.pod_id)
@@ -262,6 +262,8 @@ class Engine:
 
     def _refuse_failed(self, failures: Sequence[CopyRecord]) -> Refuse:
         reasons = "; ".join(f"pod {f.pod_id}: {f.error}" for f in failures)
+        if all(f.no_room for f in failures):
+            return self._refuse(Why.NO_ROOM, reasons)
         return self._refuse(_failure(any(f.retryable for f in failures)), reasons)
 
     def _refuse_all(self, failures: Sequence[CopyRecord], size_bytes: int, pods: Sequence[PodRecord]) -> Refuse:

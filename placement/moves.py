@@ -94,6 +94,7 @@ class Moves:
             size_bytes=copy.size_bytes,
             error=copy.error,
             retryable=copy.retryable,
+            no_room=copy.no_room,
             registration=copy.model.created,
         )
 

@@ -161,6 +161,8 @@ class CopyRecord:
     """Measured, once it is loaded; estimated before; 0: not known yet."""
     error: str = ""
     retryable: bool = False
+    no_room: bool = False
+    """The failure is that there was no room; `retryable` too."""
     registration: int = 0
     """`created` of the model's record it is a copy of: what was measured says nothing of a later registration."""
     tier: Tier = Tier.DEVICE

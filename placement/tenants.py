@@ -75,6 +75,13 @@ class Tenants:
             return 0
         return max(0, self._view.tenant_bytes(tenant, without=self._pod_id) + used_bytes + need_bytes - limit_bytes)
 
+    def gives_first(self, tenant: TenantId, used_bytes: int) -> bool:
+        """Whether the tenant is above its limit, and no pod has more of its bytes than this one."""
+        if not self.above_limit_bytes(tenant, used_bytes, 0):
+            return False
+        others = (pod_id for pod_id in self._view.pods if pod_id != self._pod_id)
+        return all((used_bytes, self._pod_id) > (self._view.tenant_bytes_on(tenant, pod), pod) for pod in others)
+
     def may_start(self, tenant: TenantId, loads: int) -> bool:
         """Whether a tenant with so many loads under way here may start another."""
         most = self.record(tenant).max_loads
@@ -127,6 +134,14 @@ def choose(
     2. Of tenants above their share, as long as they are above it.
     3. Of anybody, down to their floors; the asking tenant has none against itself.
     """
+    if own_bytes <= 0 and used_bytes.keys() <= {asking}:  # the usual case needs no more than a few
+        chosen: list[C] = []
+        for copy in coldest:
+            chosen.append(copy)
+            need_bytes -= copy.size_bytes
+            if need_bytes <= 0:
+                return chosen
+        return None
     order = list(coldest)
     left = dict(used_bytes)
     left[asking] = left.get(asking, 0) + need_bytes

@@ -193,8 +193,9 @@ class Pod:
         self.check()
 
 
-def model_record(model_id: ModelId, created: int = 1) -> ModelRecord:
-    return ModelRecord(model_id, "synthetic", f"/models/{model_id}/{created}", revision=created, created=created)
+def model_record(model_id: ModelId, created: int = 1, **members: Any) -> ModelRecord:
+    path = f"/models/{model_id}/{created}"
+    return ModelRecord(model_id, "synthetic", path, revision=created, created=created, **members)
 
 
 def peer(pod_id: PodId, **members: Any) -> PodRecord:

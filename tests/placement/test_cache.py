@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from placement.cache import Cache, Copy
@@ -72,31 +74,34 @@ def test_two_copies_of_one_model_are_a_bug(cache: Cache) -> None:
         _copy(cache, "a", 7)
 
 
-def test_victims_are_the_coldest_that_suffice(cache: Cache) -> None:
+def test_evictable_coldest_first(cache: Cache) -> None:
     for number, used_ms in enumerate([30, 10, 20, 40]):
         _copy(cache, f"m{number}", 10, *_LOADED, used_ms=used_ms)
-
-    def victims(need_bytes: int) -> list[str] | None:
-        chosen = cache.victims(need_bytes, 0)
-        return None if chosen is None else [copy.model.model_id for copy in chosen]
-
-    assert victims(0) == victims(-5) == []
-    assert victims(1) == victims(10) == ["m1"]
-    assert victims(11) == ["m1", "m2"]
-    assert victims(40) == ["m1", "m2", "m0", "m3"]
-    assert victims(41) is None
-    assert victims(1) == ["m1"], "asking changes nothing"
+    for _ in range(2):  # asking changes nothing
+        with closing(cache.evictable(0)) as evictable:
+            assert [copy.model.model_id for copy in evictable] == ["m1", "m2", "m0", "m3"]
 
 
-def test_victims_are_never_pinned_nor_anything_but_loaded(cache: Cache) -> None:
+def test_never_evictable_are_the_pinned_and_any_but_loaded(cache: Cache) -> None:
     _copy(cache, "pinned", 10, *_LOADED).pins = 1
     for number in range(4):
         _copy(cache, f"m{number}", 10, *_LOADED[:number])
     _copy(cache, "unloading", 10, *_LOADED, Move.EVICT)
-    assert cache.victims(1, 0) is None
     free = _copy(cache, "free", 10, *_LOADED)
-    assert cache.victims(10, 0) == [free]
-    assert cache.victims(11, 0) is None
+    assert list(cache.evictable(0)) == [free]
+
+
+def test_books_by_tenant(cache: Cache) -> None:
+    copy = _copy(cache, "a", 7, Move.PROMISE)
+    assert (cache.tenant_bytes, cache.tenant_loads) == ({"": 7}, {"": 1})
+    cache.move(copy, Move.START, 1)
+    copy.measured_bytes = 9
+    cache.move(copy, Move.FINISH, 1)
+    assert (cache.tenant_bytes, cache.tenant_loads) == ({"": 7}, {})
+    cache.move(copy, Move.SETTLE, 1)
+    assert cache.tenant_bytes == {"": 9}
+    cache.move(copy, Move.EVICT, 1)
+    assert cache.tenant_bytes == {}
 
 
 def test_states_are_listed_in_order_of_arrival(cache: Cache) -> None:

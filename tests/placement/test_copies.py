@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 
 from placement.cache import Copy
@@ -115,15 +117,15 @@ def test_a_queue_that_finds_no_room_is_not_searched_copy_by_copy(pod: Pod, monke
         pod.register(f"m{number}")
         pod.queue(f"m{number}", 5 + number % 2)
     looks: list[int] = []
-    victims = pod.cache.victims
+    evictable = pod.cache.evictable
 
-    def counted(need_bytes: int, now_ms: int) -> list[Copy] | None:
-        looks.append(need_bytes)
-        return victims(need_bytes, now_ms)
+    def counted(now_ms: int) -> Generator[Copy, None, None]:
+        looks.append(now_ms)
+        return evictable(now_ms)
 
-    monkeypatch.setattr(pod.cache, "victims", counted)
+    monkeypatch.setattr(pod.cache, "evictable", counted)
     pod.step(Tick())
-    assert looks == [5]
+    assert looks == [pod.now_ms]
     pod.unpin(held)
     assert pod.state("m0") is CopyState.WAITING
 
@@ -245,7 +247,7 @@ def test_a_failure_is_told_remembered_and_forgotten(pod: Pod, when: str, retryab
     pod.want("a")
     if when == "load":
         pod.step(SizeEstimated("a", 4))
-    failed = CopyRecord("a", "p1", CopyStatus.FAILED, START_MS, 0, "corrupt", retryable, 1)
+    failed = CopyRecord("a", "p1", CopyStatus.FAILED, START_MS, 0, "corrupt", retryable, registration=1)
     assert pod.step(LoadFailed("a", "corrupt", retryable)) == [Publish(failed), Wake("a")]
     assert pod.cache.committed_bytes == 0
     pod.now_ms += expiry_ms - 1

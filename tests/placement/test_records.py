@@ -87,6 +87,7 @@ _RECORDS: st.SearchStrategy[Record] = st.one_of(
         _NUMBERS,
         _TEXT,
         st.booleans(),
+        st.booleans(),
         _NUMBERS,
         st.sampled_from(Tier),
         _NUMBERS,

@@ -31,7 +31,7 @@ from placement.messages import (
     Tick,
     UnloadFinished,
 )
-from placement.records import CopyStatus, model_key, pod_key
+from placement.records import CopyStatus, TenantRecord, model_key, pod_key
 from tests.placement.pods import Pod, held, model_record, peer
 
 SCENARIOS = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
@@ -63,8 +63,9 @@ class Stage:
         self.p.view.apply(record)
         return []
 
-    def holds(self, pod_id: str, model_id: str, status: str = "loaded") -> list[str]:
-        self.p.view.apply(held(pod_id, model_id, CopyStatus(status), error="broken" if status == "failed" else ""))
+    def holds(self, pod_id: str, model_id: str, status: str = "loaded", size: str = "0") -> list[str]:
+        error = "broken" if status == "failed" else ""
+        self.p.view.apply(held(pod_id, model_id, CopyStatus(status), error=error, size_bytes=int(size)))
         return []
 
     def dead(self, pod_id: str) -> list[str]:
@@ -76,10 +77,17 @@ class Stage:
         self.p.engine.forward_ended(pod_id, reached=False, now_ms=self.p.now_ms)
         return []
 
-    def model(self, model_id: str, size: str) -> list[str]:
+    def tenant(
+        self, tenant: str, guaranteed: str = "0", most: str = "0", weight: str = "1", loads: str = "0"
+    ) -> list[str]:
+        record = TenantRecord(tenant, int(guaranteed), int(most), int(weight), int(loads))
+        self.p.view.apply(record)
+        return []
+
+    def model(self, model_id: str, size: str, tenant: str = "") -> list[str]:
         self.registrations += 1
         self.sizes[model_id] = int(size)
-        changed = self.p.view.apply(model_record(model_id, self.registrations))
+        changed = self.p.view.apply(model_record(model_id, self.registrations, tenant=tenant))
         return [] if changed is None else self._told(self.p.step(CopyUnwanted(changed)))
 
     def remove(self, model_id: str) -> list[str]:
