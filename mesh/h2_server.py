@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from mesh.h2_protocol import TICK_S
-from mesh.h2_serving import ServerProtocol, Shared
+from mesh.h2_serving import ServerProtocol
+from mesh.h2_shared import Shared
 from mesh.http2.limits import Limits
 from mesh.rpc import Handlers
 
@@ -35,7 +36,7 @@ class H2Server:
             max_buffered_bytes=2 * max_message_bytes,
             max_unsent_bytes=max(4 * max_message_bytes, 64 << 20),
         )
-        self._shared = Shared(limits, default_timeout_s)
+        self._shared: Shared[ServerProtocol] = Shared(limits, default_timeout_s)
         self._tls = tls
         if tls is not None:
             tls.set_alpn_protocols(["h2"])

@@ -10,70 +10,21 @@ from typing import Any, Final, cast
 from mesh.errors import Code, DeadlineExceeded, InternalError, MeshError
 from mesh.h2_calls import Compressed, Incoming, Spare, unpacked
 from mesh.h2_protocol import H2Protocol
+from mesh.h2_shared import Shared
 from mesh.http2.frames import ErrorCode
-from mesh.http2.grpc import RequestHead, fields_of
+from mesh.http2.grpc import RequestHead
 from mesh.http2.hpack import Field
-from mesh.http2.hpack_encoder import literal
-from mesh.http2.limits import Limits
-from mesh.http2.server import ACCEPTED, RESPONSE, ServerConnection
+from mesh.http2.server import ACCEPTED, ServerConnection
 from mesh.http2.streams import State, Stream
-from mesh.rpc import Call, Handlers
+from mesh.rpc import Call
 from mesh.rpc import Stream as StreamHandler
 from mesh.rpc import Unary as UnaryHandler
 
 log = logging.getLogger(__name__)
 
-_PLAIN_HEAD: Final = literal(RESPONSE)
-_KEPT_HEADS: Final = 1_024
 _UNSENT_BYTES: Final = 1 << 20
 """A stream's handler waits while more than this waits to be sent."""
 _LATE: Final = "the deadline passed before the request was served"
-
-
-class Shared:
-    """What the connections of one server share."""
-
-    def __init__(self, limits: Limits, default_timeout_s: float) -> None:
-        self.limits = limits
-        self.default_timeout_s = default_timeout_s
-        self.handlers = Handlers()
-        self.connections: set[ServerProtocol] = set()
-        self.tasks: set[asyncio.Task[None]] = set()
-        self._spares: list[Spare[bytes]] = []
-        self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
-
-    def spare(self, loop: asyncio.AbstractEventLoop) -> Spare[bytes]:
-        """A task for a handler's first step; given back with `keep` if it was not needed longer."""
-        return self._spares.pop() if self._spares else Spare(loop)
-
-    def keep(self, spare: Spare[bytes]) -> None:
-        self._spares.append(spare)
-
-    def watch(self, task: asyncio.Task[None]) -> None:
-        """Wait for the task before `stop` returns."""
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    def head(self, call: Call, *, encoding: str = "") -> bytes:
-        """The block of a response's headers."""
-        if not call.reply_metadata and not encoding:
-            return _PLAIN_HEAD
-        key = tuple(call.reply_metadata.items())
-        block = None if encoding else self._heads.get(key)
-        if block is None:
-            fields = [*RESPONSE, *fields_of(list(key))]
-            if encoding:
-                return literal([*fields, (b"grpc-encoding", encoding.encode())])
-            if len(self._heads) >= _KEPT_HEADS:
-                self._heads.clear()
-            block = self._heads[key] = literal(fields)
-        return block
-
-    def close(self) -> None:
-        """No more calls will come."""
-        for spare in self._spares:
-            spare.cancel()
-        self._spares.clear()
 
 
 class _Waiting:
@@ -105,7 +56,7 @@ class _Running:
 class ServerProtocol(H2Protocol[ServerConnection]):
     """One client's connection, and the calls on it (`mesh.http2.server.Calls`)."""
 
-    def __init__(self, server: Shared, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, server: Shared[ServerProtocol], loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._server = server
         self._unary = server.handlers.unary
