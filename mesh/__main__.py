@@ -9,6 +9,7 @@ import click
 from mesh import __version__
 from mesh.cli.manage import COMMANDS
 from mesh.cli.serve import serve
+from mesh.cli.tenants import tenant
 from mesh.cli.up import up
 
 
@@ -18,7 +19,7 @@ def cli() -> None:
     """Serve many models from few pods. `densemesh serve --models DIR` is one pod, `densemesh up` a cluster."""
 
 
-for command in (serve, up, *COMMANDS):
+for command in (serve, up, *COMMANDS, tenant):
     cli.add_command(command)
 
 

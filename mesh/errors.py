@@ -94,6 +94,12 @@ class NoRoom(MeshError):
     retry_after_ms = 1_000
 
 
+class OverQuota(MeshError):
+    """A tenant's quota is used up; the message names it."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
 class Overloaded(MeshError):
     """A limit on queued or running work was reached."""
 

@@ -19,12 +19,13 @@ from mesh.errors import (
 )
 from mesh.inference import parse
 from mesh.mirror import Mirror
-from mesh.registry.base import Commit, Entry, Registry, RegistryError
+from mesh.registry.base import CAS_TRIES, Commit, Entry, Registry, RegistryError
 from mesh.repository import from_key
 from mesh.residency import ENSURE_LOADED, Residency, overall
 from mesh.router import Router
 from mesh.rpc import Call, Handlers, Unary
-from mesh.vmodels import CAS_TRIES, VModels, check_alike
+from mesh.tenants import TenantGrants, check_quota
+from mesh.vmodels import VModels, check_alike
 from placement.engine import Engine
 from placement.messages import Hop
 from placement.records import BadRecord, CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
@@ -71,6 +72,7 @@ class Management:
         self._router = router
         self._residency = residency
         self._vmodels = vmodels
+        self._tenants = TenantGrants(engine, registry, mirror)
 
     def handlers(self) -> Handlers:
         unary: dict[str, Unary] = {
@@ -83,6 +85,7 @@ class Management:
             MODEL_MESH + "getVModelStatus": self._get_vmodel_status,
             MESH + "GetState": self._get_state,
         }
+        unary |= {MESH + name: handler for name, handler in self._tenants.handlers().items()}
         return Handlers({path: _guarded(handler) for path, handler in unary.items()}, {})
 
     # Models
@@ -104,8 +107,10 @@ class Management:
 
         Raises:
             AlreadyExists: registered with other attributes.
+            OverQuota: the tenant has as many models as it may have.
             RegistryError
         """
+        check_quota(self._view, record)
         key = model_key(record.model_id)
         for _ in range(CAS_TRIES):
             revision = await self._registry.commit(Commit(expect={key: 0}, put={key: encode(record)}))

@@ -22,8 +22,9 @@ from mesh.errors import (
     NoRoom,
 )
 from mesh.mirror import Mirror
-from mesh.registry.base import Commit, Entry, Registry, RegistryError
+from mesh.registry.base import CAS_TRIES, Commit, Entry, Registry, RegistryError
 from mesh.residency import Residency
+from mesh.tenants import check_quota
 from placement.engine import Engine
 from placement.messages import SettleVModel
 from placement.records import (
@@ -42,8 +43,6 @@ from protos import management_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-CAS_TRIES: Final = 10
-"""Compare-and-set attempts before somebody else's traffic on one record is an error."""
 
 _TRANSITION_S: Final = 240.0
 """How long a `sync` call waits for a transition (ModelMesh: 4 minutes)."""
@@ -63,8 +62,11 @@ class VModels:
 
         Raises:
             ModelNotFound, AlreadyExists, FailedPrecondition: see management.proto.
+            OverQuota: the model's tenant has as many as it may have.
             RegistryError
         """
+        if model is not None:
+            check_quota(self._engine.view, model)
         for _ in range(CAS_TRIES):
             old = await self._vmodel(request.vModelId)
             known = await self._model(request.targetModelId)

@@ -6,7 +6,7 @@ and a single record may be read ahead of the watch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -69,6 +69,9 @@ class ClusterView:
     def tenant_models(self, tenant: TenantId) -> int:
         """How many models a tenant has registered."""
         return self._tenant_models.get(tenant, 0)
+
+    def tenants_with_models(self) -> Collection[TenantId]:
+        return self._tenant_models.keys()
 
     def tenant_bytes_on(self, tenant: TenantId, pod_id: PodId) -> int:
         return self._tenant_bytes.get(tenant, {}).get(pod_id, 0)

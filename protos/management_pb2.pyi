@@ -237,3 +237,49 @@ class RequestFates(_message.Message):
     loads_finished: int
     loads_failed: int
     def __init__(self, hits: _Optional[int] = ..., joins: _Optional[int] = ..., loads: _Optional[int] = ..., forwards: _Optional[int] = ..., refusals: _Optional[int] = ..., retries: _Optional[int] = ..., evictions: _Optional[int] = ..., loads_finished: _Optional[int] = ..., loads_failed: _Optional[int] = ...) -> None: ...
+
+class Tenant(_message.Message):
+    __slots__ = ("tenant_id", "guaranteed_bytes", "max_bytes", "weight", "max_loads", "max_models")
+    TENANT_ID_FIELD_NUMBER: _ClassVar[int]
+    GUARANTEED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOADS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODELS_FIELD_NUMBER: _ClassVar[int]
+    tenant_id: str
+    guaranteed_bytes: int
+    max_bytes: int
+    weight: int
+    max_loads: int
+    max_models: int
+    def __init__(self, tenant_id: _Optional[str] = ..., guaranteed_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ..., weight: _Optional[int] = ..., max_loads: _Optional[int] = ..., max_models: _Optional[int] = ...) -> None: ...
+
+class TenantState(_message.Message):
+    __slots__ = ("tenant", "used_bytes", "models_registered")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODELS_REGISTERED_FIELD_NUMBER: _ClassVar[int]
+    tenant: Tenant
+    used_bytes: int
+    models_registered: int
+    def __init__(self, tenant: _Optional[_Union[Tenant, _Mapping]] = ..., used_bytes: _Optional[int] = ..., models_registered: _Optional[int] = ...) -> None: ...
+
+class DeleteTenantRequest(_message.Message):
+    __slots__ = ("tenant_id",)
+    TENANT_ID_FIELD_NUMBER: _ClassVar[int]
+    tenant_id: str
+    def __init__(self, tenant_id: _Optional[str] = ...) -> None: ...
+
+class DeleteTenantResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTenantsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Tenants(_message.Message):
+    __slots__ = ("tenants",)
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantState]
+    def __init__(self, tenants: _Optional[_Iterable[_Union[TenantState, _Mapping]]] = ...) -> None: ...

@@ -67,7 +67,7 @@ def _print(text: str | Table) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
 
 
-def _targeted(command: Callable[..., int | None]) -> Callable[..., int | None]:
+def targeted(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """Add --target, --output and --timeout, and hand a `Target` to the command."""
 
     @click.option("--target", envvar="DENSEMESH_TARGET", default="localhost:8033", show_default=True, help="Any pod.")
@@ -95,7 +95,7 @@ def _loaded(target: Target, model_id: str, status: pb.ModelStatusInfo) -> int:
 @click.option("--key", default="", help="JSON object of load parameters.")
 @click.option("--load-now", is_flag=True, help="Load it at once.")
 @click.option("--wait", is_flag=True, help="With --load-now: return when it is loaded.")
-@_targeted
+@targeted
 def register(
     target: Target, model_id: str, uri: str, format_name: str, key: str, load_now: bool, wait: bool
 ) -> int | None:
@@ -110,7 +110,7 @@ def register(
 
 @click.command()
 @click.argument("model_id", metavar="ID")
-@_targeted
+@targeted
 def unregister(target: Target, model_id: str) -> int | None:
     """Remove the model ID; its copies are unloaded."""
     request = pb.UnregisterModelRequest(modelId=model_id)
@@ -123,7 +123,7 @@ def unregister(target: Target, model_id: str) -> int | None:
 @click.command("ensure-loaded")
 @click.argument("model_id", metavar="ID")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when it is loaded.")
-@_targeted
+@targeted
 def ensure_loaded(target: Target, model_id: str, wait: bool) -> int | None:
     """Load the model ID somewhere, unless it is."""
     request = pb.EnsureLoadedRequest(modelId=model_id, sync=wait)
@@ -132,7 +132,7 @@ def ensure_loaded(target: Target, model_id: str, wait: bool) -> int | None:
 
 @click.command()
 @click.argument("model_id", metavar="[ID]", required=False)
-@_targeted
+@targeted
 def status(target: Target, model_id: str | None) -> int | None:
     """Show the model ID, or the mesh: its pods and models."""
     if model_id is not None:
@@ -181,7 +181,7 @@ def vmodel() -> None:
 @click.option("--wait", is_flag=True, help="Return when the switch has ended.")
 @click.option("--expected-target", default="", help="Change it only if this is its target now.")
 @click.option("--owner", default="", help="Owner of a new vmodel; must match an existing one's.")
-@_targeted
+@targeted
 def vmodel_set(
     target: Target, vmodel_id: str, target_model_id: str, uri: str, format_name: str, key: str, **flags: Any
 ) -> int | None:
@@ -206,7 +206,7 @@ def vmodel_set(
 
 @vmodel.command("get")
 @click.argument("vmodel_id", metavar="ID")
-@_targeted
+@targeted
 def vmodel_get(target: Target, vmodel_id: str) -> int | None:
     """Show the vmodel ID."""
     request = pb.GetVModelStatusRequest(vModelId=vmodel_id)
@@ -216,7 +216,7 @@ def vmodel_get(target: Target, vmodel_id: str) -> int | None:
 @vmodel.command("delete")
 @click.argument("vmodel_id", metavar="ID")
 @click.option("--owner", default="", help="Delete it only if this is its owner.")
-@_targeted
+@targeted
 def vmodel_delete(target: Target, vmodel_id: str, owner: str) -> int | None:
     """Remove the vmodel ID, and the models that live for it."""
     request = pb.DeleteVModelRequest(vModelId=vmodel_id, owner=owner)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
+
+CAS_TRIES: Final = 10
+"""Compare-and-set attempts before somebody else's traffic on one record is an error."""
 
 
 class RegistryError(Exception):
