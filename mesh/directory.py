@@ -25,6 +25,8 @@ _NAMING: Final = frozenset(
     f"{key}{suffix}" for key in ("mm-model-id", "mm-vmodel-id", "mm-required") for suffix in ("", "-bin")
 )
 """Headers that say which model a call means."""
+_NAMED: Final = "directory.named"
+_MODEL, _VMODEL = "mm-model-id", "mm-vmodel-id"
 
 
 class Directory:
@@ -46,11 +48,10 @@ class Directory:
             InvalidRequest: no name, both headers, or a name that cannot be one.
             ModelNotFound, RegistryUnavailable, Unimplemented
         """
-        if call.keys is not None and call.keys.isdisjoint(_NAMING):
-            name = peek_string(message, field_number)
-            if name in self._view.models and name not in self._view.vmodels:
-                return name  # registered, so it can be a name
-        models, vmodels = call.texts("mm-model-id"), call.texts("mm-vmodel-id")
+        known = self.known(call, message, field_number)
+        if known is not None:
+            return known
+        models, vmodels = call.texts(_MODEL), call.texts(_VMODEL)
         if call.texts("mm-required"):
             raise Unimplemented("header mm-required (one request to several models) is not supported")
         if len(models) + len(vmodels) > 1:
@@ -63,6 +64,25 @@ class Directory:
         if not name:
             raise InvalidRequest("the model's name is missing from both the message and the header mm-model-id")
         return await self.named(check_id("the model's name", name))
+
+    def known(self, call: Call, message: bytes, field_number: int) -> ModelId | None:
+        """What `resolve` says, if that can be said at once; None: ask it. What is registered can be a name.
+
+        Raises:
+            InvalidRequest
+        """
+        named: tuple[str, str] | None = call.memo.get(_NAMED)
+        if named is None:
+            named = call.memo[_NAMED] = _named(call)
+        kind, name = named
+        view = self._view
+        if not kind:
+            name = peek_string(message, field_number) or ""
+        if kind != _MODEL:
+            vmodel = view.vmodels.get(name)
+            if vmodel is not None:
+                return vmodel.active
+        return name if kind != _VMODEL and name in view.models else None
 
     async def named(self, name: str) -> ModelId:
         """The active model of the vmodel of that name if there is one, else the model of that name.
@@ -120,6 +140,22 @@ class Directory:
         if not found:
             self._misses[key] = True
         return found
+
+
+def _named(call: Call) -> tuple[str, str]:
+    """The header that names the model or vmodel, if one does, and the name; no name if there are several.
+
+    Raises:
+        InvalidRequest
+    """
+    if call.keys is not None and call.keys.isdisjoint(_NAMING):
+        return "", ""
+    models, vmodels = call.texts(_MODEL), call.texts(_VMODEL)
+    if call.texts("mm-required") or len(models) + len(vmodels) > 1:
+        return _MODEL, ""
+    if models:
+        return _MODEL, models[0]
+    return (_VMODEL, vmodels[0]) if vmodels else ("", "")
 
 
 def check_id(what: str, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 from mesh.errors import Code, DeadlineExceeded, InternalError, MeshError
 from mesh.h2_calls import Compressed, Incoming, Spare, unpacked
 from mesh.h2_protocol import H2Protocol
+from mesh.h2_relay import Passage, pass_on
 from mesh.h2_shared import Shared
 from mesh.http2.frames import ErrorCode
 from mesh.http2.grpc import RequestHead
@@ -110,7 +111,7 @@ class ServerProtocol(H2Protocol[ServerConnection]):
         self._server.watch(task)
         running = stream.owner = _Running(task, incoming)
         if head.timeout_s is not None:
-            running.timer = self.loop.call_at(self._deadline(stream), self._expire, stream)
+            running.timer = self.loop.call_at(self._deadline(stream), self.expire, stream)
 
     def message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
         owner = stream.owner
@@ -141,14 +142,15 @@ class ServerProtocol(H2Protocol[ServerConnection]):
     def aborted(self, stream: Stream) -> None:
         owner = stream.owner
         stream.owner = None
-        if isinstance(owner, _Running):
+        if isinstance(owner, _Running | Passage):
             owner.cancel()
 
     def _deadline(self, stream: Stream) -> float:
         timeout_s = stream.head.timeout_s
         return stream.since + (self._server.default_timeout_s if timeout_s is None else timeout_s)
 
-    def _expire(self, stream: Stream) -> None:
+    def expire(self, stream: Stream) -> None:
+        """The deadline of a call has passed."""
         if stream.id in self.connection.streams and stream.owner is not None:
             self.aborted(stream)
             self._fail(stream, DeadlineExceeded(_LATE), None)
@@ -157,18 +159,23 @@ class ServerProtocol(H2Protocol[ServerConnection]):
     # Unary
 
     def _run(self, stream: Stream, handler: UnaryHandler, message: bytes, *, compressed: bool) -> None:
-        """Serve a unary call; most end right here."""
+        """Pass a unary call on, or serve it here."""
         head: RequestHead = stream.head
-        call = Call(head.path, head.metadata, self._deadline(stream), keys=head.keys)
-        if compressed:
-            work = unpacked(handler, call, message, stream, self.connection.limits.max_message_bytes)
-        else:
-            work = cast(Coroutine[Any, Any, bytes], handler(call, message))
-        server = self._server
-        if call.deadline <= self.connection.received_at:
-            work.close()
+        connection = self.connection
+        call = Call(head.path, head.metadata, self._deadline(stream), keys=head.keys, memo=head.memo)
+        if call.deadline <= connection.received_at:
             self._fail(stream, DeadlineExceeded(_LATE), None)
-            return
+        elif compressed:
+            work = unpacked(handler, call, message, stream, connection.limits.max_message_bytes)
+            self._drive(stream, call, work)
+        else:
+            relay = self._server.handlers.relays.get(head.path)
+            if relay is None or not pass_on(self, stream, handler, relay, call, message, connection.received_at):
+                self._drive(stream, call, cast(Coroutine[Any, Any, bytes], handler(call, message)))
+
+    def _drive(self, stream: Stream, call: Call, work: Coroutine[Any, Any, bytes]) -> None:
+        """Serve a unary call; most end right here."""
+        server = self._server
         spare = server.spare(self.loop)
         try:
             yielded = spare.step(work)
@@ -181,7 +188,7 @@ class ServerProtocol(H2Protocol[ServerConnection]):
         else:
             server.watch(spare.task)
             running = stream.owner = _Running(spare)
-            running.timer = self.loop.call_at(call.deadline, self._expire, stream)
+            running.timer = self.loop.call_at(call.deadline, self.expire, stream)
             spare.take_over(work, yielded, lambda rest: self._conduct(stream, running, call, rest))
 
     async def _conduct(self, stream: Stream, running: _Running, call: Call, work: Coroutine[Any, Any, bytes]) -> None:
@@ -235,6 +242,20 @@ class ServerProtocol(H2Protocol[ServerConnection]):
         if error.code is Code.UNIMPLEMENTED:
             fields.append(ACCEPTED)
         connection.status(stream, error.code, str(error), fields)
+
+    # Calls that are passed on (`mesh.h2_relay.Inbound`)
+
+    def answer(self, stream: Stream, call: Call, response: bytes) -> None:
+        self._reply(stream, call, response)
+        self.wake()
+
+    def refuse(self, stream: Stream, call: Call, error: MeshError) -> None:
+        self._fail(stream, error, call)
+        self.wake()
+
+    def handle(self, stream: Stream, handler: UnaryHandler, call: Call, message: bytes) -> None:
+        self._drive(stream, call, cast(Coroutine[Any, Any, bytes], handler(call, message)))
+        self.wake()
 
     # Streaming
 

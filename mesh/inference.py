@@ -27,6 +27,7 @@ from placement.records import CopyStatus, ModelId
 from protos import inference_pb2 as pb
 
 SERVICE: Final = "/inference.GRPCInferenceService/"
+INFER: Final = SERVICE + "ModelInfer"
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Inference:
         loop = asyncio.get_running_loop()
         per_request_s = call.deadline - loop.time()
         async for message in messages:
-            one = Call(SERVICE + "ModelInfer", call.metadata, loop.time() + per_request_s)
+            one = Call(INFER, call.metadata, loop.time() + per_request_s)
             try:
                 async with asyncio.timeout_at(one.deadline):
                     response = pb.ModelInferResponse.FromString(await self._model_infer(one, message))

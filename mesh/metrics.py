@@ -7,7 +7,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from http.server import ThreadingHTTPServer
 from itertools import accumulate
 from typing import Final
@@ -61,7 +61,8 @@ class Metrics(Collector):
 
     def timed(self, handlers: Handlers) -> Handlers:
         """The same handlers, observed."""
-        return Handlers({path: self._timed(path, unary) for path, unary in handlers.unary.items()}, handlers.streams)
+        timed = {path: self._timed(path, unary) for path, unary in handlers.unary.items()}
+        return replace(handlers, unary=timed)
 
     def _timed(self, path: str, unary: Unary) -> Unary:
         method = path.rpartition("/")[2]
@@ -76,9 +77,13 @@ class Metrics(Collector):
                 code = error.code
                 raise
             finally:
-                self._cell(method, code).observe(time.perf_counter() - started)
+                self.observe(method, code, time.perf_counter() - started)
 
         return timed
+
+    def observe(self, method: str, code: Code, elapsed_s: float) -> None:
+        """A call has ended."""
+        self._cell(method, code).observe(elapsed_s)
 
     def _cell(self, method: str, code: Code) -> _Cell:
         cell = self._cells.get((method, code))

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Final, TypeVar
@@ -20,12 +21,13 @@ from mesh.driver import Driver, now_ms
 from mesh.errors import MeshError
 from mesh.frontends import Server, open_client, open_server
 from mesh.health import Health
-from mesh.inference import Inference
+from mesh.inference import INFER, Inference
 from mesh.management import Management
 from mesh.mirror import Mirror
 from mesh.publisher import Publisher
 from mesh.registry import open_registry
 from mesh.registry.base import Registry, RegistryError
+from mesh.relay import ModelRelay
 from mesh.repository import scan, to_key
 from mesh.residency import Residency
 from mesh.router import Router
@@ -175,6 +177,8 @@ class Pod:
             | Health(reflection.SERVICES, self.serving.is_set).handlers()
             | Handlers(streams=dict.fromkeys(REFLECTION, _reflect))
         )
+        relay = ModelRelay(engine, router, directory, client, partial(observed.observe, "ModelInfer"))
+        handlers |= Handlers(relays={INFER: relay})
         return _Parts(driver, publisher, mirror, management, observed, handlers)
 
     async def _start(self, parts: _Parts, server: Server, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:

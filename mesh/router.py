@@ -12,11 +12,11 @@ from typing import Final
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
 from mesh.errors import LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
-from mesh.rpc import HOLDER, Call, Client
+from mesh.rpc import HOLDER, Call, Client, Metadata
 from placement.cache import Copy
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import Forward, Hop, Join, LoadHere, Refuse, Serve, Why
-from placement.records import ModelId, PodId
+from placement.records import ModelId, ModelRecord, PodId
 
 HOP: Final = "densemesh-hop"
 """Request header between pods: `hit` or `load`."""
@@ -31,6 +31,9 @@ ATTEMPTS: Final = 8
 """Tries for one request; a load may fail on fewer pods (`Limits.load_tries`)."""
 _MOVED_S: Final = 0.001
 """How long a request whose copy has just moved waits for the registry's watch to say so; doubles with each try."""
+
+_KEPT: Final = 4_096
+_Told = dict[ModelId, tuple[ModelRecord | None, Metadata]]
 
 Local = Callable[[Copy, Call, bytes], Awaitable[bytes]]
 """Serves a call on a loaded copy, which stays pinned meanwhile."""
@@ -47,6 +50,12 @@ class Router:
         self._engine = driver.engine
         self._client = client
         self._directory = directory
+        self._told: tuple[_Told, _Told] = {}, {}
+        """`told` for hits and for loads, as long as the registration is the same."""
+
+    def is_from_a_pod(self, call: Call) -> bool:
+        """Whether the call may have come from another pod; `model_of` says for sure."""
+        return call.keys is None or HOP in call.keys or _HOP_BINARY in call.keys
 
     async def model_of(self, call: Call, message: bytes, field_number: int) -> tuple[ModelId, Hop]:
         """The concrete model a call is for, and how the call came here.
@@ -54,7 +63,9 @@ class Router:
         Raises:
             MeshError: see `Directory.resolve`.
         """
-        if call.keys is not None and HOP not in call.keys and _HOP_BINARY not in call.keys:
+        if call.begun is not None:
+            return call.begun.model_id, Hop.CLIENT
+        if not self.is_from_a_pod(call):
             return await self._directory.resolve(call, message, field_number), Hop.CLIENT
         hops, models = call.texts(HOP), call.texts(MODEL.removesuffix("-bin"))
         if hops and models:
@@ -77,14 +88,18 @@ class Router:
         without: set[PodId] = set()
         """Of those, the ones that only did not have it: they can load it, if it comes to that."""
         last: MeshError | None = None
+        begun, call.begun = call.begun, None
         for attempt in range(ATTEMPTS):
             engine.stats.retries += attempt > 0
-            route = engine.route(model_id, hop, exclude, now_ms(), used_ms)
+            first, begun = begun, None
+            route = first.route if first is not None else engine.route(model_id, hop, exclude, now_ms(), used_ms)
             if isinstance(route, Refuse) and without:
                 exclude -= without
                 without.clear()
                 route = engine.route(model_id, hop, exclude, now_ms(), used_ms)
             try:
+                if first is not None and first.error is not None:
+                    raise first.error
                 match route:
                     case Serve(copy):
                         return await self._serve(copy, call, message, local)
@@ -152,20 +167,23 @@ class Router:
         finally:
             self._driver.unpin(copy)
 
+    def told(self, model_id: ModelId, hop: Hop) -> Metadata:
+        """What the pod that is asked next is told beside what the client said."""
+        told = self._told[hop is Hop.LOAD_HERE]
+        model = self._engine.view.models.get(model_id)
+        known = told.get(model_id)
+        if known is None or known[0] is not model:
+            said: list[tuple[str, str | bytes]] = [(HOP, hop.value), (MODEL, model_id.encode())]
+            if model is not None:
+                said.append((CREATED, str(model.created)))
+            if len(told) >= _KEPT:
+                told.clear()
+            known = told[model_id] = model, tuple(said)
+        return known[1]
+
     async def _forward(self, pod_id: PodId, hop: Hop, call: Call, message: bytes, model_id: ModelId) -> bytes:
         """Send the same bytes to another pod."""
-        metadata: list[tuple[str, str | bytes]] = [
-            *(
-                (key, value)
-                for key, value in call.metadata
-                if not key.startswith(_NOT_FORWARDED) and key not in _OF_THE_CONNECTION
-            ),
-            (HOP, hop.value),
-            (MODEL, model_id.encode()),
-        ]
-        model = self._engine.view.models.get(model_id)
-        if model is not None:
-            metadata.append((CREATED, str(model.created)))
+        metadata = (*passed_on(call.metadata), *self.told(model_id, hop))
         address = self._engine.view.pods[pod_id].address
         reached = True
         self._engine.forward_started(pod_id)
@@ -178,6 +196,13 @@ class Router:
             self._engine.forward_ended(pod_id, reached=reached, now_ms=now_ms())
         call.reply_metadata[HOLDER] = headers.get(HOLDER, pod_id)
         return response
+
+
+def passed_on(metadata: Metadata) -> Metadata:
+    """What of a client's metadata another pod is sent."""
+    return tuple(
+        [pair for pair in metadata if not pair[0].startswith(_NOT_FORWARDED) and pair[0] not in _OF_THE_CONNECTION]
+    )
 
 
 def _failure(copy: Copy) -> MeshError:

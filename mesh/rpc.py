@@ -8,15 +8,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from mesh.errors import InvalidRequest
+from mesh.errors import Code, InvalidRequest, MeshError
+from placement.messages import Route
+from placement.records import ModelId, PodId
 
 Metadata = Sequence[tuple[str, str | bytes]]
 """Lower-case keys in order, repeats kept; `-bin` keys hold bytes, all others ASCII text."""
 
 HOLDER = "densemesh-pod"
 """Response header: the pod that served the request; a client may go straight to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The first attempt of a call: where it goes, and if it went there already, why it has to go elsewhere."""
+
+    model_id: ModelId
+    route: Route
+    error: MeshError | None = None
 
 
 @dataclass(slots=True)
@@ -32,6 +43,10 @@ class Call:
     """Response headers; handlers add to it before they return."""
     keys: frozenset[str] | None = None
     """The metadata's keys, where the front end knows them already."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """For what follows from the method and the metadata alone: front ends hand the same one to calls with the same."""
+    begun: Begun | None = None
+    """What a relay found out before it left the call to its handler."""
 
     def texts(self, key: str) -> list[str]:
         """The values of a key and of its `-bin` form, as text.
@@ -57,15 +72,47 @@ Unary = Callable[[Call, bytes], Awaitable[bytes]]
 Stream = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
 
 
+Onward = tuple[PodId, str, Metadata]
+"""Where a call is passed on to: a pod, its address, and the metadata that comes on top of the call's own."""
+
+
+class Relay(Protocol):
+    """Says, without waiting, to which pod a unary call is to be passed on, so that a front end whose client can do that
+    need not run its handler. Whatever does not go well is left to the handler, with `Call.begun`."""
+
+    client: Client
+
+    def onward(self, call: Call, message: bytes) -> Onward | None:
+        """None: the handler must see to it."""
+        ...
+
+    def passed(self, call: Call) -> Metadata:
+        """What of the call's metadata is passed on."""
+        ...
+
+    def started(self, pod_id: PodId) -> None:
+        """The call is on its way to the pod; `ended` follows, once."""
+        ...
+
+    def ended(self, pod_id: PodId, code: Code | None, elapsed_s: float, *, reached: bool) -> None:
+        """The pod has answered, or could not be reached, or nobody waits for it any more (CANCELLED). `code` None: the
+        handler goes on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Handlers:
     """What a server serves, by full method path."""
 
     unary: Mapping[str, Unary] = field(default_factory=dict)
     streams: Mapping[str, Stream] = field(default_factory=dict)
+    relays: Mapping[str, Relay] = field(default_factory=dict)
+    """Of some unary methods."""
 
     def __or__(self, other: Handlers) -> Handlers:
-        return Handlers({**self.unary, **other.unary}, {**self.streams, **other.streams})
+        return Handlers(
+            {**self.unary, **other.unary}, {**self.streams, **other.streams}, {**self.relays, **other.relays}
+        )
 
 
 class Client(Protocol):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from math import inf
 from typing import Final
 
 from mesh.http2 import frames
 from mesh.http2.connection import Connection
-from mesh.http2.frames import DATA, END_HEADERS, END_STREAM, FRAME_BYTES, HEAD, HEADERS, MAX_STREAM_ID, ErrorCode
+from mesh.http2.frames import (
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    FRAME_BYTES,
+    HEAD,
+    HEADERS,
+    MAX_STREAM_ID,
+    MESSAGE_HEAD,
+    ErrorCode,
+)
 from mesh.http2.grpc import Pair, ResponseHead, response_head
-from mesh.http2.hpack import Decoder, Field
+from mesh.http2.hpack import Decoder
 from mesh.http2.limits import Limits
 from mesh.http2.streams import ERRORS, TRANSITIONS, Fault, Move, State, Stream
 
 CANCELLED: Final = 1
 UNKNOWN: Final = 2
+DEADLINE_EXCEEDED: Final = 4
 PERMISSION_DENIED: Final = 7
 RESOURCE_EXHAUSTED: Final = 8
 INTERNAL: Final = 13
@@ -34,11 +46,10 @@ _BY_HTTP: Final = {"400": 13, "401": 16, "403": 7, "404": 12, "429": 14, "502": 
 class Exchange:
     """One unary call and how it ended."""
 
-    __slots__ = ("finished", "headers", "message", "status", "text", "trailers", "unprocessed")
+    __slots__ = ("deadline", "headers", "message", "status", "text", "trailers", "unprocessed")
 
-    def __init__(self, finished: Callable[[Exchange], None]) -> None:
-        self.finished = finished
-        """Called once, when the rest is known."""
+    def __init__(self, deadline: float = inf) -> None:
+        self.deadline = deadline
         self.status = UNKNOWN
         self.text = ""
         self.headers: tuple[Pair, ...] = ()
@@ -48,8 +59,12 @@ class Exchange:
         """The peer has not seen the call, so it can be made again (§8.7)."""
 
     def end(self, status: int, text: str) -> None:
+        """The rest is known. Called once."""
         self.status, self.text = status, text
-        self.finished(self)
+
+    def late(self) -> None:
+        """The deadline has passed, and the stream was reset."""
+        self.end(DEADLINE_EXCEEDED, "the deadline passed before the peer answered")
 
 
 class ClientConnection(Connection):
@@ -73,18 +88,24 @@ class ClientConnection(Connection):
     def full(self) -> bool:
         return len(self.streams) >= min(self.peer_max_streams, self.limits.max_streams)
 
-    def request(self, fields: Sequence[Field], message: bytes, exchange: Exchange) -> Stream:
-        """Make a unary call; `open` and not `full` before."""
+    def call(self, block: bytes, message: bytes, exchange: Exchange) -> Stream:
+        """Make a unary call with a header block of `encoder` or of `literal`; `open` and not `full` before."""
         stream_id = self._next_id
         self._next_id = stream_id + 2
         stream = Stream(stream_id, None, self.limits.stream_window, 0.0)
         stream.owner = exchange
         self.streams[stream_id] = stream
-        block = self.encoder.encode(fields)
+        updates = self.encoder.updates()
+        if updates:
+            block = updates + block
         size = len(message) + 5
-        prefix = b"\0" + (size - 5).to_bytes(4, "big")
-        room = min(FRAME_BYTES, self._window, self._initial)
-        if size <= room and len(block) <= FRAME_BYTES and self.writable:
+        if (
+            size <= FRAME_BYTES
+            and size <= self._window
+            and size <= self._initial
+            and len(block) <= FRAME_BYTES
+            and self.writable
+        ):
             self._window -= size
             stream.credit -= size
             stream.state = State.LOCAL
@@ -93,15 +114,14 @@ class ClientConnection(Connection):
                     (
                         HEAD.pack(len(block) >> 8, len(block) & 0xFF, HEADERS, END_HEADERS, stream_id),
                         block,
-                        HEAD.pack(size >> 8, size & 0xFF, DATA, END_STREAM, stream_id),
-                        prefix,
+                        MESSAGE_HEAD.pack(size >> 8, size & 0xFF, DATA, END_STREAM, stream_id, 0, size - 5),
                         message,
                     )
                 )
             )
         else:
             self.out.append(frames.header_frames(stream_id, block, end_stream=False))
-            self.send(stream, prefix)
+            self.send(stream, b"\0" + (size - 5).to_bytes(4, "big"))
             if stream_id in self.streams and message:
                 self.send(stream, message)
             if stream_id in self.streams:

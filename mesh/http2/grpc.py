@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from mesh.http2.hpack import Field
@@ -59,13 +59,15 @@ class BadBinary(ValueError):
 class RequestHead:
     """The headers of a request."""
 
-    __slots__ = ("accepts", "content_length", "encoding", "fault", "keys", "metadata", "path", "timeout_s")
+    __slots__ = ("accepts", "content_length", "encoding", "fault", "keys", "memo", "metadata", "path", "timeout_s")
 
     def __init__(self) -> None:
         self.path = ""
         self.metadata: tuple[Pair, ...] = ()
         self.keys: frozenset[str] = frozenset()
         """Of the metadata."""
+        self.memo: dict[str, Any] = {}
+        """For whoever works out something from the rest."""
         self.timeout_s: float | None = None
         self.encoding = ""
         """Of compressed messages; empty: identity."""

@@ -82,10 +82,17 @@ class Encoder:
         # The smallest size since the last block, and the last one.
         self._pending = [most] if not self._pending or most <= self._pending[0] else [self._pending[0], most]
 
+    def updates(self) -> bytes:
+        """What the next block must begin with; only to be called for a block that is not made by `encode`."""
+        if not self._pending:
+            return b""
+        said = b"".join([integer(size, 5, 0x20) for size in self._pending])
+        self._pending.clear()
+        return said
+
     def encode(self, fields: Iterable[Field]) -> bytes:
         """The next block."""
-        parts = [integer(size, 5, 0x20) for size in self._pending]
-        self._pending.clear()
+        parts = [self.updates()]
         for field in fields:
             added = self._entries.get(field)
             if added is not None:

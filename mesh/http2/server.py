@@ -17,6 +17,7 @@ from mesh.http2.frames import (
     HEAD,
     HEADERS,
     MAX_STREAM_ID,
+    MESSAGE_HEAD,
     PING,
     PREFACE,
     ConnectionFault,
@@ -32,8 +33,6 @@ RESPONSE: Final[tuple[Field, ...]] = ((b":status", b"200"), (b"content-type", b"
 ACCEPTED: Final[Field] = (b"grpc-accept-encoding", b"identity,deflate,gzip")
 
 _DRAIN: Final = b"draining"
-_BODY: Final = Struct(">HBBBLBL")
-"""A DATA frame's head and a message's prefix in one."""
 _OK: Final = literal(((b"grpc-status", b"0"),))
 _OK_HEAD: Final = HEAD.pack(0, len(_OK), HEADERS, END_HEADERS | END_STREAM, 0)[:5]
 _ID: Final = Struct(">L")
@@ -94,7 +93,7 @@ class ServerConnection(Connection):
                     (
                         HEAD.pack(0, len(head), HEADERS, END_HEADERS, stream_id),
                         head,
-                        _BODY.pack(size >> 8, size & 0xFF, DATA, 0, stream_id, 0, size - 5),
+                        MESSAGE_HEAD.pack(size >> 8, size & 0xFF, DATA, 0, stream_id, 0, size - 5),
                         message,
                         _OK_HEAD,
                         id_bytes,

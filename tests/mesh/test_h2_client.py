@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh import h2_client
+from mesh import h2_peers
 from mesh.errors import DeadlineExceeded, InvalidRequest, MeshError, NoRoom, PodUnavailable, Unimplemented
 from mesh.h2_client import H2Client
 from mesh.h2_server import H2Server
@@ -124,8 +124,8 @@ async def test_a_peer_that_hangs_is_given_up(
 ) -> None:
     """A stopped process: the kernel accepts and acknowledges for it, and nothing else comes. Its lease may end, and the
     peer be forgotten, while calls wait for it."""
-    limits = replace(h2_client._LIMITS, handshake_s=1.0, keepalive_s=0.1, keepalive_timeout_s=0.1)
-    monkeypatch.setattr(h2_client, "_LIMITS", limits)
+    limits = replace(h2_peers.LIMITS, handshake_s=1.0, keepalive_s=0.1, keepalive_timeout_s=0.1)
+    monkeypatch.setattr(h2_peers, "LIMITS", limits)
     called = asyncio.Event()
 
     async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
 import pytest
 
 from loaders.base import LoaderError
-from mesh.h2_client import H2Client
-from mesh.rpc import Metadata
+from mesh.router import Router
+from mesh.rpc import Call, Metadata
+from placement.messages import Hop
 from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.mesh.pods import ROW, Loads, Mesh, request_for, running
@@ -98,27 +99,34 @@ async def test_what_a_pod_sent_to_be_loaded_is_loaded_there(three: Mesh) -> None
 
 
 async def test_a_forward_carries_the_clients_headers(three: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[dict[str, str | bytes]] = []
-    call = H2Client.call
+    """As the client sent them, `-bin` values and repeated keys too; those of its connection to us stay here."""
+    came: list[tuple[str, Metadata]] = []
+    model_of = Router.model_of
 
-    async def seen(
-        client: H2Client, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
-    ) -> tuple[bytes, Mapping[str, str]]:
-        sent.append(dict(metadata))
-        return await call(client, address, method, message, metadata, deadline)
+    async def seen(router: Router, call: Call, message: bytes, field_number: int) -> tuple[str, Hop]:
+        came.append((call.method, call.metadata))
+        return await model_of(router, call, message, field_number)
 
-    monkeypatch.setattr(H2Client, "call", seen)
     await three.register("m", load=True)
     (holder,) = three.holders("m")
     await three.seen_by_all("m", holder)
     other = next(pod_id for pod_id in "abc" if pod_id != holder)
-    sent.clear()
-    given: list[tuple[str, str | bytes]] = [("tenant", "t"), ("traceparent", "00-1"), ("x-bin", b"\xff\x00")]
-    await three.infer("m", other, metadata=given)
-    (headers,) = sent
-    assert headers.items() >= dict(given).items()
-    assert (headers["densemesh-hop"], headers["densemesh-model-bin"]) == ("hit", b"m")
-    assert not {"user-agent", "content-type", "te"} & headers.keys()
+    await three.infer("m", other)  # the first one opens the connection
+    given: list[tuple[str, str | bytes]] = [
+        *(("tenant", "t"), ("traceparent", "00-1"), ("x-bin", b"\xff\x00"), ("x-bin", b""), ("x-again", "2")),
+        *(("x-again", "1"), ("authorization", "Bearer " + "x" * 300)),
+    ]
+    monkeypatch.setattr(Router, "model_of", seen)
+    for _ in range(3):
+        came.clear()
+        await three.infer("m", other, metadata=given)
+        ((method, headers),) = came  # the forwarder's handler did not run
+        assert method == "/inference.GRPCInferenceService/ModelInfer"
+        own = [("densemesh-hop", "hit"), ("densemesh-model-bin", b"m")]
+        assert sorted(pair for pair in headers if pair[0] != "densemesh-created") == sorted([*given, *own])
+        assert [value for key, value in headers if key == "x-again"] == ["2", "1"]
+        created = dict(headers)["densemesh-created"]
+        assert created == str(three.pods[other].engine.view.models["m"].created)
 
 
 async def test_a_forward_that_finds_nothing_is_routed_again(three: Mesh) -> None:

@@ -112,6 +112,17 @@ def mutated(rng: Random, parts: list[bytes]) -> list[bytes]:
     return parts
 
 
+class Noted(Exchange):
+    """A call that notes how it ended."""
+
+    def __init__(self, outcomes: list[int]) -> None:
+        super().__init__()
+        self._outcomes = outcomes
+
+    def end(self, status: int, text: str) -> None:
+        self._outcomes.append(status)
+
+
 def play(role: str, wire: Sequence[bytes]) -> str:
     """Give a connection its input in these pieces; how it ended. Raises on whatever must not happen."""
     if role == "server":
@@ -125,9 +136,9 @@ def play(role: str, wire: Sequence[bytes]) -> str:
         connection = client  # type: ignore[assignment]
         calls = 7
         outcomes = []
-        exchanges = [Exchange(lambda exchange: outcomes.append(exchange.status)) for _ in range(calls)]
-        for n, exchange in enumerate(exchanges):
-            client.request(REQUEST, bytes(n * 3_000), exchange)
+        for n in range(calls):
+            exchange = Noted(outcomes)
+            client.call(client.encoder.encode(REQUEST), bytes(n * 3_000), exchange)
         said = bytes(connection.take())
         assert said.startswith(frames.PREFACE)
         parse(said[len(frames.PREFACE) :])
