@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import islice
 
 from placement.cache import Cache, Copy
 from placement.lifecycle import CopyState, Move
 from placement.limits import Limits
+from placement.link import age_key, is_oldest_turn, turn_key
 from placement.messages import Action
 from placement.moves import Moves
 from placement.records import TenantId
@@ -23,6 +24,8 @@ class Admission:
     def __init__(self, limits: Limits, cache: Cache, moves: Moves, tenants: Tenants, stats: Stats) -> None:
         self.starved = False
         """Something waits for bytes that pins hold."""
+        self._turn = 0
+        """Loads promised so far."""
         self._limits = limits
         self._cache = cache
         self._moves = moves
@@ -46,19 +49,13 @@ class Admission:
             self._promise(slots, now_ms, actions)
 
     def _promise(self, slots: int, now_ms: int, actions: list[Action]) -> None:
-        """Take copies from the queue: tenants by turns, and of each the first to come. One for which pins and loads
-        leave no room is overtaken by smaller ones, so that it does not hold up the pod."""
+        """Take copies from the queue. One for which pins and loads leave no room is overtaken by smaller ones, so that
+        it does not hold up the pod."""
         no_room_for: dict[TenantId, int] = {}
-        queues: dict[TenantId, deque[Copy]] = {}
-        for copy in self._cache.in_state(CopyState.QUEUED):
-            if copy.estimated:
-                queues.setdefault(copy.tenant, deque()).append(copy)
-        while slots and queues:
-            tenant = min(queues, key=self._tenants.turn)
-            if not (queues[tenant] and self._tenants.may_start(tenant, self._cache.tenant_loads.get(tenant, 0))):
-                del queues[tenant]
-                continue
-            copy = queues[tenant].popleft()
+        for copy in self._in_turn():
+            tenant = copy.tenant
+            if copy.is_prefetch and no_room_for:
+                return  # what it would take is waited for
             least = no_room_for.get(tenant, copy.size_bytes + 1)
             if copy.size_bytes >= least or not self._make_room(tenant, copy.size_bytes, now_ms, actions):
                 no_room_for[tenant] = min(least, copy.size_bytes)
@@ -68,7 +65,34 @@ class Admission:
             self._tenants.started(tenant, copy.size_bytes)
             if copy.size_bytes <= self._cache.free_bytes:
                 self._moves.load(copy, now_ms, actions)
+            self._turn += 1
             slots -= 1
+            if slots == 0:
+                return
+
+    def _in_turn(self) -> Iterator[Copy]:
+        """The queue, as long as whoever walks it starts some: tenants by turns, those with only prefetches last, and of
+        each the copies in the order of `placement.link`."""
+        queues: dict[TenantId, deque[Copy]] = {}
+        for copy in sorted(self._cache.in_state(CopyState.QUEUED), key=turn_key):
+            if copy.estimated:
+                queues.setdefault(copy.tenant, deque()).append(copy)
+        tried = -1
+        while True:
+            for tenant in list(queues):
+                loads = self._cache.tenant_loads.get(tenant, 0)
+                if not queues[tenant] or not self._tenants.may_start(tenant, loads):
+                    del queues[tenant]
+            if not queues:
+                return
+            if is_oldest_turn(self._turn) and tried != self._turn:
+                tried = self._turn  # if there is no room for it, the next one may go
+                copy = min((copy for queue in queues.values() for copy in queue), key=age_key)
+                queues[copy.tenant].remove(copy)
+            else:
+                first = min(queues, key=lambda tenant: (queues[tenant][0].is_prefetch, self._tenants.turn(tenant)))
+                copy = queues[first].popleft()
+            yield copy
 
     def _reject(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """There is no room for a queued copy: it waits for some, unless that is in vain or it has waited long."""

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from placement.lifecycle import CopyState, Move, next_state
+from placement.link import RANK
 from placement.policies.base import EvictionPolicy, Worth
-from placement.records import ModelId, ModelRecord, TenantId
+from placement.records import ModelId, ModelRecord, Priority, TenantId
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +36,12 @@ class Copy:
     """When it came into its state."""
     used_ms: int
     """Where it enters the eviction order when it is loaded."""
+    is_prefetch: bool = False
+    """Nobody has asked for it yet: it is loaded ahead."""
+    priority: Priority = Priority.NORMAL
+    """The highest of the model's and of the requests that wait for it."""
+    load_ms: int = 0
+    """How long its load takes, as estimated when it was queued."""
     uses: int = 1
     """Requests that wanted it until it was loaded."""
     reload_ms: float = 1.0
@@ -67,6 +74,27 @@ class Copy:
         return self.model.tenant
 
     @property
+    def remaining(self) -> float:
+        """See `placement.link.Waiting`."""
+        return self.load_ms
+
+    @property
+    def requests(self) -> int:
+        return self.pins
+
+    def join(self, used_ms: int, priority: Priority | None, is_prefetch: bool) -> None:
+        """Somebody else wants it while it is on its way."""
+        self.used_ms = max(self.used_ms, used_ms)
+        self.uses += 1
+        self.is_prefetch = self.is_prefetch and is_prefetch
+        self.raise_priority(priority)
+
+    def raise_priority(self, priority: Priority | None) -> None:
+        """A request's own; None: it has none."""
+        if priority is not None:
+            self.priority = min(self.priority, priority, key=RANK.__getitem__)
+
+    @property
     def worth(self) -> Worth:
         return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms)
 
@@ -80,6 +108,8 @@ class Cache:
         self.copies: dict[ModelId, Copy] = {}
         self._bytes = dict.fromkeys(CopyState, 0)
         self._in_state: dict[CopyState, dict[ModelId, Copy]] = {state: {} for state in CopyState}
+        self.queue_ms = 0
+        """What the loads queued and under way take together, as estimated; those under way count whole."""
         self.tenant_bytes: dict[TenantId, int] = {}
         """Committed, by tenant; who has nothing is left out."""
         self.tenant_loads: dict[TenantId, int] = {}
@@ -122,6 +152,13 @@ class Cache:
         assert copy.model.model_id not in self.copies, copy
         self.copies[copy.model.model_id] = copy
         self._in_state[copy.state][copy.model.model_id] = copy
+        self.queue_ms += copy.load_ms
+
+    def estimate(self, copy: Copy, size_bytes: int, load_ms: int) -> None:
+        """What a QUEUED copy will take, as far as is known."""
+        assert copy.state is CopyState.QUEUED, copy
+        self.queue_ms += load_ms - copy.load_ms
+        copy.size_bytes, copy.load_ms = size_bytes, load_ms
 
     def move(self, copy: Copy, move: Move, now_ms: int) -> None:
         """The only way a copy's state changes: the table, the books and the eviction order stay in step.
@@ -135,6 +172,8 @@ class Cache:
         if before in _HOLDING:
             self._bytes[before] -= copy.size_bytes
             self._attribute(copy, before, -1)
+        if before in _UNLOADED and after not in _UNLOADED:
+            self.queue_ms -= copy.load_ms
         copy.state, copy.since_ms = after, now_ms
         if move is Move.SETTLE:
             copy.size_bytes = copy.measured_bytes
@@ -185,11 +224,13 @@ class Cache:
         ):
             assert sum(book.values()) == total, (book, total)
             assert all(amount > 0 for amount in book.values()), book
+        assert self.queue_ms == sum(copy.load_ms for copy in self.copies.values() if copy.state in _UNLOADED)
         assert all(copy.pins >= 0 for copy in self.copies.values())
 
 
 _COMMITTED: Final = (CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.WAITING)
 _UNDER_WAY: Final = (CopyState.WAITING, CopyState.LOADING)
+_UNLOADED: Final = (CopyState.QUEUED, *_UNDER_WAY)
 _HOLDING: Final = frozenset(
     {CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING}
 )

@@ -5,6 +5,8 @@ The engine owns one `LocalCopies`; nothing else moves a copy. Every method appen
 
 from __future__ import annotations
 
+from math import ceil
+
 from placement.admission import Admission
 from placement.cache import Cache, Copy
 from placement.costs import LoadCosts
@@ -51,15 +53,18 @@ class LocalCopies:
         copy = self.cache.copies.get(event.model_id)
         used_ms = min(event.last_used_ms, now_ms)
         if copy is None:
-            copy = Copy(self._view.models[event.model_id], since_ms=now_ms, used_ms=used_ms)
+            model = self._view.models[event.model_id]
+            copy = Copy(model, since_ms=now_ms, used_ms=used_ms, priority=model.priority)
+            copy.load_ms = self._load_ms(copy, self._view.size_bytes(event.model_id))
+            copy.is_prefetch = event.is_prefetch
+            copy.raise_priority(event.priority)
             self.cache.add(copy)
             self._moves.publish(copy, actions)
             actions.append(EstimateSize(copy.model))
         elif copy.state is CopyState.LOADED:
             self.cache.policy.touch(event.model_id, used_ms)
         else:
-            copy.used_ms = max(copy.used_ms, used_ms)
-            copy.uses += 1
+            copy.join(used_ms, event.priority, event.is_prefetch)
 
     def estimated(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
         if copy.state is not CopyState.QUEUED or copy.estimated:
@@ -68,7 +73,8 @@ class LocalCopies:
             self._moves.drop(copy, now_ms, actions)
             return
         copy.estimated = True
-        copy.size_bytes = self._view.measured(copy.model.model_id) or size_bytes
+        size_bytes = self._view.measured(copy.model.model_id) or size_bytes
+        self.cache.estimate(copy, size_bytes, self._load_ms(copy, size_bytes))
         if copy.size_bytes > self.limits.capacity_bytes:
             self._moves.fail(copy, self._moves.too_large(copy.size_bytes), False, now_ms, actions)
 
@@ -117,6 +123,9 @@ class LocalCopies:
         self._admission.trim(now_ms, actions)
         for copy in [c for c in self.cache.in_state(CopyState.FAILED) if c.expires_ms <= now_ms]:
             self._moves.drop(copy, now_ms, actions)
+
+    def _load_ms(self, copy: Copy, size_bytes: int) -> int:
+        return ceil(self.costs.reload_ms(copy.model.model_id, None, size_bytes))
 
     def advance(self, now_ms: int, actions: list[Action]) -> None:
         """Let every copy go as far as bytes and slots allow."""

@@ -36,7 +36,7 @@ from placement.messages import (
     Why,
 )
 from placement.policies.base import EvictionPolicy
-from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord
+from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord, Priority
 from placement.selection import candidates, choose_holder, choose_target
 from placement.stats import Stats
 from placement.view import ClusterView
@@ -70,8 +70,19 @@ class Engine:
 
     # Requests
 
-    def route(self, model_id: ModelId, hop: Hop, exclude: Set[PodId], now_ms: int, used_ms: int | None = None) -> Route:
-        """Where a request for a model goes. `used_ms` is the time at which the use counts, if not now.
+    def route(
+        self,
+        model_id: ModelId,
+        hop: Hop,
+        exclude: Set[PodId],
+        now_ms: int,
+        used_ms: int | None = None,
+        *,
+        priority: Priority | None = None,
+        is_prefetch: bool = False,
+    ) -> Route:
+        """Where a request for a model goes. `used_ms` is the time at which the use counts, if not now; `priority` the
+        request's own, if it has one; `is_prefetch`: nobody waits for it.
 
         1. A copy is loaded here: serve it.
         2. From a client, and a copy is loaded elsewhere: forward to a holder.
@@ -93,8 +104,7 @@ class Engine:
             if holder is not None:
                 return self._forward(holder, Hop.HIT_ONLY)
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
-            copy.used_ms = max(copy.used_ms, used_ms)
-            copy.uses += 1
+            copy.join(used_ms, priority, is_prefetch)
             self.stats.joins += 1
             return Join(copy)
         if hop is Hop.CLIENT:
@@ -142,6 +152,7 @@ class Engine:
     def pod_record(self, version: str = "") -> PodRecord:
         """This pod as it describes itself to the others."""
         count = self.cache.count
+        fixed_ms, bytes_per_ms = self.copies.costs.line(None)
         return PodRecord(
             pod_id=self.pod_id,
             address=self.address,
@@ -152,6 +163,9 @@ class Engine:
             loading=count(*IN_FLIGHT),
             failed=count(CopyState.FAILED),
             draining=self.draining,
+            queue_ms=self.cache.queue_ms // self.limits.load_slots,
+            load_fixed_ms=fixed_ms,
+            load_bytes_per_ms=bytes_per_ms,
             version=version,
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from placement.cache import Copy
-from placement.records import CopyRecord, ModelId, ModelRecord, PodId, VModelRecord
+from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Priority, VModelRecord
 
 # Events: what happened. `Engine.step` takes one and returns actions.
 
@@ -18,6 +18,10 @@ class CopyWanted:
     model_id: ModelId
     last_used_ms: int
     """Where it enters the eviction order; Unix ms."""
+    priority: Priority | None = None
+    """Of the request; None: the model's."""
+    is_prefetch: bool = False
+    """Nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,16 @@ def test_the_pods_own_record(pod: Pod) -> None:
     pod.step(LoadFailed("c", "corrupt", False))
     record = pod.engine.pod_record("1.2")
     assert record == peer(
-        "p1", used_bytes=5, oldest_used_ms=START_MS - 500, loaded=1, loading=1, failed=1, version="1.2"
+        "p1",
+        used_bytes=5,
+        oldest_used_ms=START_MS - 500,
+        loaded=1,
+        loading=1,
+        failed=1,
+        version="1.2",
+        queue_ms=record.queue_ms,
+        load_fixed_ms=record.load_fixed_ms,
+        load_bytes_per_ms=record.load_bytes_per_ms,
     )
 
 
