@@ -15,6 +15,7 @@ from typing import Any, Final
 from loaders import LOADERS
 from mesh.frontends import FRONTENDS
 from mesh.registry import REGISTRIES
+from placement import labels
 from placement.policies import POLICIES
 
 _UNITS: Final = {"": 1, "B": 1} | {
@@ -70,6 +71,7 @@ class Config:
     grpc_port: int = _setting(8033, "Port for V2 and management gRPC; 0 takes a free one.")
     metrics_port: int = _setting(2112, "Port for Prometheus; 0 takes a free one.")
     advertise: str = _setting("", "host:port at which other pods reach this one; found out by default.")
+    labels: str = _setting("", "What kind of pod this is, and where: gpu=h200,zone=a,node=n1.")
     capacity: str = _setting("2GiB", "Memory that loaded models may hold.")
     policy: str = _setting("lru", f"Eviction policy: {', '.join(POLICIES)}.")
     load_slots: int = _setting(2, "Models that load at once.")
@@ -136,6 +138,10 @@ class Config:
             return f"--pod-id: expected up to 63 letters, digits, dots, dashes, underscores, found {self.pod_id!r}"
         if self.advertise and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", self.advertise):
             return f"--advertise: expected host:port, found {self.advertise!r}"
+        try:
+            labels.parse(self.labels)
+        except ValueError as error:
+            return f"--labels: {error}"
         if self.models and not Path(self.models).is_dir():
             return f"--models: {self.models!r} is not a directory"
         if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):

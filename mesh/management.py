@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
-from loaders import LOADERS
 from mesh.directory import Directory, check_id
-from mesh.driver import format_of, now_ms
+from mesh.driver import now_ms
 from mesh.errors import (
     FailedPrecondition,
-    InvalidRequest,
     LoadFailed,
     LoadUnavailable,
     ModelNotFound,
@@ -19,13 +17,13 @@ from mesh.errors import (
 )
 from mesh.inference import parse
 from mesh.mirror import Mirror
+from mesh.registration import Registration, registration
 from mesh.registry.base import CAS_TRIES, Commit, Entry, Registry, RegistryError
-from mesh.repository import from_key
 from mesh.residency import ENSURE_LOADED, Residency, overall
 from mesh.router import Router
 from mesh.rpc import Call, Handlers, Unary
 from mesh.tenants import TenantGrants, check_quota
-from mesh.vmodels import VModels, check_alike
+from mesh.vmodels import VModels
 from placement.engine import Engine
 from placement.messages import Hop
 from placement.records import BadRecord, CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
@@ -33,8 +31,6 @@ from protos import management_pb2 as pb
 
 MODEL_MESH: Final = "/mmesh.ModelMesh/"
 MESH: Final = "/densemesh.Mesh/"
-
-MAX_PATH_BYTES: Final = 4096
 
 _HOUR_MS: Final = 3_600_000
 _AGE_LOADED_MS: Final = _HOUR_MS
@@ -47,6 +43,7 @@ _COPY_STATUS: Final = {
     CopyStatus.LOADING: pb.ModelStatusInfo.LOADING,
     CopyStatus.LOADED: pb.ModelStatusInfo.LOADED,
     CopyStatus.FAILED: pb.ModelStatusInfo.LOADING_FAILED,
+    CopyStatus.HELD: pb.ModelStatusInfo.NOT_LOADED,
     None: pb.ModelStatusInfo.NOT_LOADED,
 }
 
@@ -92,38 +89,42 @@ class Management:
 
     async def _register(self, call: Call, message: bytes) -> bytes:
         request = parse(pb.RegisterModelRequest, message)
-        record = model_record(
+        asked = registration(
             check_id("modelId", request.modelId),
             request.modelInfo,
             used_ms(request.lastUsedTime, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
         )
-        await self.register(record)
+        await self.register(asked)
+        record = asked.record
         if not request.loadNow:
             return self._status(record.model_id).SerializeToString()
         return await self._load(call, record.model_id, record.last_used_ms, request.sync)
 
-    async def register(self, record: ModelRecord) -> None:
-        """Register a model, or find it registered alike; this pod then knows it.
+    async def register(self, asked: Registration, *, known: ModelRecord | None = None) -> None:
+        """Register a model, or find it registered alike and placed as is asked for; this pod then knows it. `known`:
+        its record, if it is registered already.
 
         Raises:
             AlreadyExists: registered with other attributes.
             OverQuota: the tenant has as many models as it may have.
             RegistryError
         """
-        check_quota(self._view, record)
-        key = model_key(record.model_id)
+        check_quota(self._view, asked.record)
+        key = model_key(asked.record.model_id)
         for _ in range(CAS_TRIES):
-            revision = await self._registry.commit(Commit(expect={key: 0}, put={key: encode(record)}))
+            wanted = asked.record if known is None else asked.over(known)
+            if wanted == known:
+                return
+            expected = 0 if known is None else known.revision
+            revision = await self._registry.commit(Commit(expect={key: expected}, put={key: encode(wanted)}))
             if revision is not None:
                 await self._mirror.caught_up(revision)
                 return
-            known = await self._mirror.fetch(key)
-            if isinstance(known, ModelRecord):
-                check_alike(known, record)
-                return
-            if key in self._mirror.quarantined:
+            record = await self._mirror.fetch(key)
+            known = record if isinstance(record, ModelRecord) else None
+            if known is None and key in self._mirror.quarantined:
                 raise FailedPrecondition(f"the registry's record cannot be read: {self._mirror.quarantined[key]}")
-        raise FailedPrecondition(f"model {record.model_id!r} is being registered and removed at once; try again")
+        raise FailedPrecondition(f"model {asked.record.model_id!r} is being changed by others; try again")
 
     async def _unregister(self, call: Call, message: bytes) -> bytes:
         model_id = check_id("modelId", parse(pb.UnregisterModelRequest, message).modelId)
@@ -186,15 +187,18 @@ class Management:
         request = parse(pb.SetVModelRequest, message)
         check_id("vModelId", request.vModelId)
         check_id("targetModelId", request.targetModelId)
-        model = None
+        asked = None
         if request.HasField("modelInfo"):
-            model = model_record(
+            asked = registration(
                 request.targetModelId,
                 request.modelInfo,
                 used_ms(0, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
                 auto_delete=request.autoDeleteTargetModel,
             )
-        await self._vmodels.set(request, model)
+        await self._vmodels.set(request, asked)
+        known = self._view.models.get(request.targetModelId)
+        if asked is not None and known is not None:
+            await self.register(asked, known=known)
         if request.sync:
             await self._vmodels.settled(request, call.deadline)
         elif request.loadNow:
@@ -261,24 +265,6 @@ class Management:
                 info = pb.ModelInfo(type=model.format, path=model.path, key=model.key)
                 state.models.add(model_id=model.model_id, info=info, status=self._status(model.model_id))
         return state.SerializeToString()
-
-
-def model_record(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_delete: bool = False) -> ModelRecord:
-    """The record a registration asks for.
-
-    Raises:
-        InvalidRequest: names the field and what was expected.
-    """
-    record = ModelRecord(model_id, info.type, info.path, info.key, last_used_ms, auto_delete=auto_delete)
-    if len(info.path.encode()) > MAX_PATH_BYTES:
-        raise InvalidRequest(f"modelInfo.path: expected at most {MAX_PATH_BYTES} bytes")
-    try:
-        from_key(info.key)
-    except ValueError as error:
-        raise InvalidRequest(f"modelInfo.{error}") from None
-    if format_of(record) not in LOADERS:
-        raise InvalidRequest(f"modelInfo.type {info.type!r}: expected one of {', '.join(sorted(LOADERS))}")
-    return record
 
 
 def readable_model(entry: Entry) -> ModelRecord | None:

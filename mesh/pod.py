@@ -25,6 +25,7 @@ from mesh.inference import INFER, Inference
 from mesh.management import Management
 from mesh.mirror import Mirror
 from mesh.publisher import Publisher
+from mesh.registration import registration
 from mesh.registry import open_registry
 from mesh.registry.base import Registry, RegistryError
 from mesh.relay import ModelRelay
@@ -37,8 +38,8 @@ from placement.engine import Engine
 from placement.limits import Limits
 from placement.messages import DrainStarted
 from placement.policies import POLICIES
-from placement.records import ModelRecord
 from placement.view import ClusterView
+from protos import management_pb2 as pb
 
 log = logging.getLogger(__name__)
 
@@ -227,9 +228,8 @@ class Pod:
             log.warning("model %s is left out: %s", name, reason)
         for model in models:
             try:
-                await management.register(
-                    ModelRecord(model.model_id, model.format, str(model.path), to_key(model), now_ms())
-                )
+                info = pb.ModelInfo(type=model.format, path=str(model.path), key=to_key(model))
+                await management.register(registration(model.model_id, info, now_ms()))
             except (MeshError, RegistryError) as error:
                 log.warning("model %s is not registered: %s", model.model_id, error)
         log.info("%d models registered from %s", len(models), self.config.models)

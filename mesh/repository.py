@@ -19,6 +19,7 @@ from google.protobuf import text_format
 from loaders import LOADERS
 from loaders.base import TensorSpec
 from loaders.datatypes import DTYPES
+from mesh.placement_settings import fields_of
 from mesh.tensors import MAX_DIMS
 from protos.triton_config_pb2 import DataType, ModelConfig, ModelInput, ModelOutput
 
@@ -54,6 +55,8 @@ class ModelSettings:
     storage_params: Mapping[str, Any] = field(default_factory=dict)
     schema_path: str = ""
     model_type: str = ""
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    """As told, see `mesh.placement_settings`; empty: nothing is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +140,7 @@ def from_key(key: str) -> ModelSettings:
         storage_params=_object("key: storage_params", shown.get("storage_params")),
         schema_path=_text("key: schema_path", shown.get("schema_path")),
         model_type=_text("key: model_type", model_type),
+        placement=_placement("key", shown.get("placement")),
     )
 
 
@@ -180,6 +184,7 @@ def _model(directory: Path) -> RepositoryModel:
         outputs=_specs(f"{where}: outputs", declared.get("outputs")),
         version=_text(f"{where}: parameters.version", details.get("version")) or version,
         max_batch_size=_batch_size(where, declared.get("max_batch_size")),
+        placement=_placement(f"{where}: parameters", details.get("placement")),
     )
 
 
@@ -280,6 +285,15 @@ def _batch_size(where: str, value: Any) -> int:
     if value is not None and (type(value) is not int or not 0 <= value < 1 << 31):
         raise ValueError(f"{where}: max_batch_size is not a number from 0")
     return value or 0
+
+
+def _placement(where: str, value: Any) -> dict[str, Any]:
+    told = _object(f"{where}: placement", value)
+    try:
+        fields_of(told)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return told
 
 
 def _specs(where: str, value: Any) -> tuple[TensorSpec, ...]:

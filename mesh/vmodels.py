@@ -22,6 +22,7 @@ from mesh.errors import (
     NoRoom,
 )
 from mesh.mirror import Mirror
+from mesh.registration import Registration
 from mesh.registry.base import CAS_TRIES, Commit, Entry, Registry, RegistryError
 from mesh.residency import Residency
 from mesh.tenants import check_quota
@@ -57,32 +58,32 @@ class VModels:
         self._mirror = mirror
         self._residency = residency
 
-    async def set(self, request: pb.SetVModelRequest, model: ModelRecord | None) -> None:
-        """Create a vmodel or give it a new target; `model` is registered in the same commit if it is not yet.
+    async def set(self, request: pb.SetVModelRequest, asked: Registration | None) -> None:
+        """Create a vmodel or give it a new target, which is registered as `asked` in the same commit if it is not yet.
 
         Raises:
             ModelNotFound, AlreadyExists, FailedPrecondition: see management.proto.
             OverQuota: the model's tenant has as many as it may have.
             RegistryError
         """
-        if model is not None:
-            check_quota(self._engine.view, model)
+        if asked is not None:
+            check_quota(self._engine.view, asked.record)
         for _ in range(CAS_TRIES):
             old = await self._vmodel(request.vModelId)
             known = await self._model(request.targetModelId)
             needed = _allowed(old, request)
-            if known is not None and model is not None:
-                check_alike(known, model)
+            if known is not None and asked is not None:
+                asked.over(known)
             if old is not None and not needed:
                 await self._mirror.caught_up(old.revision)
                 return
-            if known is None and model is None:
+            if known is None and asked is None:
                 raise ModelNotFound(f"targetModelId {request.targetModelId!r} is not registered")
             active = request.targetModelId if self._at_once(old, request) or old is None else old.active
             new = VModelRecord(
                 request.vModelId, active, request.targetModelId, owner=old.owner if old else request.owner
             )
-            if await self._commit(old, new, create=model if known is None else None):
+            if await self._commit(old, new, create=asked.record if asked and known is None else None):
                 return
         raise FailedPrecondition(f"vmodel {request.vModelId!r} is being changed by others; try again")
 
@@ -208,15 +209,3 @@ def _allowed(old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
     if old.target != target:
         return True
     return old.active != target and (request.force or bool(old.failed))
-
-
-def check_alike(known: ModelRecord, asked: ModelRecord) -> None:
-    """A registration may be repeated, not changed.
-
-    Raises:
-        AlreadyExists
-    """
-    if (known.format, known.path, known.key) != (asked.format, asked.path, asked.key):
-        raise AlreadyExists(
-            f"model {asked.model_id!r} is registered with other attributes: type {known.format!r}, path {known.path!r}"
-        )

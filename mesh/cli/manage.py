@@ -93,16 +93,20 @@ def _loaded(target: Target, model_id: str, status: pb.ModelStatusInfo) -> int:
 @click.argument("uri")
 @click.option("--format", "format_name", required=True, help="onnx, torch, sklearn, ...")
 @click.option("--key", default="", help="JSON object of load parameters.")
+@click.option("--placement", default="", help='JSON object such as {"min_copies": 2, "requires": {"gpu": "h200"}}.')
 @click.option("--load-now", is_flag=True, help="Load it at once.")
 @click.option("--wait", is_flag=True, help="With --load-now: return when it is loaded.")
 @targeted
 def register(
-    target: Target, model_id: str, uri: str, format_name: str, key: str, load_now: bool, wait: bool
+    target: Target, model_id: str, uri: str, format_name: str, key: str, placement: str, load_now: bool, wait: bool
 ) -> int | None:
     """Register the model at URI under ID.
 
-    A path that exists here is made absolute; the pods must see it at the same place.
+    A path that exists here is made absolute; the pods must see it at the same place. Registering it again changes how
+    it is placed, and nothing else.
     """
+    if placement:
+        key = json.dumps({**_object("--key", key or "{}"), "placement": _object("--placement", placement)})
     info = pb.ModelInfo(type=format_name, path=_absolute(uri), key=key)
     request = pb.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=load_now or wait, sync=wait)
     return _loaded(target, model_id, target.call(MODEL_MESH + "registerModel", request, pb.ModelStatusInfo))
@@ -233,6 +237,16 @@ def _show_vmodel(target: Target, vmodel_id: str, status: pb.VModelStatusInfo) ->
         lines += status.targetModelStatus.errors
     target.show(status, "\n".join(lines))
     return 1 if status.status in (VStatus.NOT_FOUND, VStatus.TRANSITION_FAILED) else 0
+
+
+def _object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"{option}: {error}") from None
+    if not isinstance(value, dict):
+        raise click.UsageError(f"{option}: expected a JSON object")
+    return value
 
 
 def _absolute(uri: str) -> str:
