@@ -59,8 +59,7 @@ def registration(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_d
     record = ModelRecord(model_id, info.type, info.path, info.key, last_used_ms, auto_delete=auto_delete)
     try:
         placement = from_key(info.key).placement
-        if placement:
-            record = replace(record, key=_without_placement(info.key), **fields_of(placement))
+        record = replace(record, key=_without_placement(info.key), **fields_of(placement))
     except ValueError as error:
         raise InvalidRequest(f"modelInfo.{error}") from None
     if format_of(record) not in LOADERS:
@@ -69,7 +68,9 @@ def registration(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_d
 
 
 def _without_placement(key: str) -> str:
-    rest = json.loads(key)
+    rest = json.loads(key) if key else {}
+    if "placement" not in rest:
+        return key
     del rest["placement"]
     return _dump(rest) if rest else ""
 

@@ -167,6 +167,7 @@ class Engine:
             load_fixed_ms=fixed_ms,
             load_bytes_per_ms=bytes_per_ms,
             version=version,
+            labels=self.limits.labels,
         )
 
     # Events

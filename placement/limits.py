@@ -10,6 +10,8 @@ class Limits:
     """Of one pod."""
 
     capacity_bytes: int
+    labels: str = ""
+    """What kind of pod it is, and where (`placement.labels`)."""
     load_slots: int = 2
     """Loads under way at once, evictions they wait for included."""
     failure_expiry_ms: int = 60_000

@@ -122,6 +122,7 @@ def test_what_the_pod_refuses_is_one_sentence(run: Command, words: list[str], sa
         (["register", "x"], "Missing argument 'URI'"),
         (["register", "x", "/m"], "Missing option '--format'"),
         (["vmodel", "set", "v", "m", "--uri", "/m"], "--uri and --format: expected both or neither"),
+        (["register", "x", "/m", "--format", "onnx", "--placement", "[1]"], "--placement: expected a JSON object"),
         (["status", "--output", "yaml"], "'yaml' is not one of"),
         (["status", "--timeout", "0"], "0.0 is not in the range"),
     ],

@@ -1,0 +1,160 @@
+"""What a registration may say of placement, and that it is no part of what the model is (issue 4, items 5 and 8)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh.errors import InvalidRequest
+from mesh.placement_settings import NAMES, fields_of
+from mesh.pod import Pod
+from mesh.registration import registration
+from mesh.repository import from_key, scan, to_key
+from placement.records import ModelRecord, Priority
+from protos import management_pb2 as mm
+from tests.mesh.client import Client
+from tests.mesh.pods import Loads, Mesh, running, until
+
+ALL: dict[str, Any] = {
+    "tenant": "news",
+    "min_copies": 1,
+    "max_copies": 4,
+    "pinned": True,
+    "idle_unload_s": 600,
+    "requires": {"gpu": "h200", "example.com/disk": "fast"},
+    "priority": "high",
+    "slo_ms": 100,
+}
+
+
+def info(placement: Any = None, **rest: Any) -> mm.ModelInfo:
+    told = {} if placement is None else {"placement": placement}
+    return mm.ModelInfo(type="synthetic", key=json.dumps(rest | told) if rest or told else "")
+
+
+def request(placement: Any = None, **rest: Any) -> mm.RegisterModelRequest:
+    return mm.RegisterModelRequest(modelId="m", modelInfo=info(placement, **rest))
+
+
+def model(mesh: Mesh) -> ModelRecord:
+    return mesh.pods["a"].engine.view.models["m"]
+
+
+def test_every_setting_goes_into_the_record_and_out_of_the_key() -> None:
+    asked = registration("m", info(ALL, parameters={"infer_ms": 1}), 0)
+    record = asked.record
+    assert asked.tells_placement
+    assert record.key == '{"parameters":{"infer_ms":1}}'
+    assert {name: getattr(record, name) for name in NAMES} == {
+        **ALL,
+        "requires": "example.com/disk=fast,gpu=h200",
+        "priority": Priority.HIGH,
+    }
+    assert registration("m", info(ALL), 0).record.key == ""
+    assert not registration("m", info(), 0).tells_placement
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"min_copies": -1}, "placement.min_copies: expected a whole number from 0 to 10000"),
+        ({"min_copies": True}, "placement.min_copies: expected a whole number"),
+        ({"max_copies": 1.5}, "placement.max_copies: expected a whole number"),
+        ({"max_copies": 10_001}, "placement.max_copies: expected a whole number from 0 to 10000"),
+        ({"min_copies": 3, "max_copies": 2}, "placement.min_copies: expected at most max_copies, which is 2, found 3"),
+        ({"idle_unload_s": 31_536_001}, "placement.idle_unload_s: expected a whole number from 0 to 31536000"),
+        ({"slo_ms": "fast"}, "placement.slo_ms: expected a whole number from 0 to 86400000"),
+        ({"pinned": "yes"}, "placement.pinned: expected true or false"),
+        ({"priority": "highest"}, "placement.priority: expected one of high, normal, low"),
+        ({"priority": ["high"]}, "placement.priority: expected one of high, normal, low"),
+        ({"tenant": "a/b"}, "placement.tenant: expected up to 63 letters"),
+        ({"requires": "gpu=h200"}, "placement.requires: expected an object of labels and their values"),
+        ({"requires": {"gpu": 1}}, "placement.requires: expected an object of labels and their values"),
+        ({"requires": {"no spaces": "x"}}, "placement.requires: label 'no spaces=x': expected key=value"),
+        ({"requires": {"a": "1,b=2"}}, "placement.requires: a comma or space is in no label"),
+        ({"requires": {f"l{i}": "" for i in range(65)}}, "placement.requires: 65 labels, expected at most 64"),
+        ({"copies": 2}, "placement.copies: expected one of tenant, min_copies"),
+        ([1], "key: placement is not a JSON object"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_a_sentence_that_names_it(told: Any, sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        registration("m", info(told), 0)
+    assert str(refused.value).startswith("modelInfo.")
+    assert sentence in str(refused.value)
+
+
+async def test_other_placement_changes_the_record_and_reloads_nothing(mesh: Mesh, a: Client, loads: Loads) -> None:
+    """Compare-and-set in place: the copy that is loaded goes on serving."""
+    await mesh.register("m", load=True)
+    copy = mesh.pods["a"].engine.cache.copies["m"]
+    before = model(mesh)
+    await a.call("registerModel", request({"min_copies": 1, "slo_ms": 50}))
+    assert (model(mesh).min_copies, model(mesh).slo_ms, model(mesh).created) == (1, 50, before.created)
+    await a.call("registerModel", request({"max_copies": 3}))
+    assert (model(mesh).min_copies, model(mesh).max_copies) == (0, 3), "a placement is told as a whole"
+    revision = model(mesh).revision
+    for silent in (request(), request({}), request({"max_copies": 3})):
+        await a.call("registerModel", silent)
+    assert model(mesh).revision == revision, "who tells nothing, or the same, changes nothing"
+    assert await mesh.infer("m") == "a"
+    assert mesh.pods["a"].engine.cache.copies["m"] is copy
+    assert loads.count("m") == 1
+
+
+async def test_other_contents_still_already_exist(mesh: Mesh, a: Client) -> None:
+    await a.call("registerModel", request({"min_copies": 1}, parameters={"infer_ms": 1}))
+    status, _ = await a.refusal("registerModel", request({"min_copies": 1}, parameters={"infer_ms": 2}))
+    assert status == "ALREADY_EXISTS"
+    spaced = mm.ModelInfo(type="synthetic", key='{ "parameters" : {"infer_ms": 1} }')
+    await a.call("registerModel", mm.RegisterModelRequest(modelId="m", modelInfo=spaced))
+    assert model(mesh).min_copies == 1
+
+
+async def test_a_tenants_model_is_not_taken_over(mesh: Mesh, a: Client) -> None:
+    await a.call("registerModel", request({"tenant": "news"}))
+    status, message = await a.refusal("registerModel", request({"tenant": "sport"}))
+    assert (status, "belongs to another tenant" in message) == ("ALREADY_EXISTS", True)
+    await a.call("registerModel", request({"min_copies": 1}))
+    assert (model(mesh).tenant, model(mesh).min_copies) == ("news", 1)
+
+
+async def test_a_vmodels_target_is_placed_as_its_model_info_tells(mesh: Mesh, a: Client) -> None:
+    """ModelMesh's controller repeats SetVModel with the whole ModelInfo at every change."""
+    for number in (1, 2):
+        told = info({"min_copies": number})
+        await a.call("setVModel", mm.SetVModelRequest(vModelId="v", targetModelId="m", modelInfo=told))
+        assert (model(mesh).min_copies, model(mesh).refs) == (number, 1)
+
+
+async def test_pods_say_what_they_are(loads: Loads) -> None:
+    async with running("a", loads, labels="zone=z1,node=n1") as mesh:
+        await until(lambda: mesh.pods["a"].engine.view.pods["a"].labels == "zone=z1,node=n1")
+
+
+async def test_a_repository_tells_placement_in_model_settings(tmp_path: Path, loads: Loads) -> None:
+    write(tmp_path / "good", {"min_copies": 0, "max_copies": 2})
+    write(tmp_path / "bad", {"max_copies": -2})
+    models, problems = scan(tmp_path)
+    assert [model.placement for model in models] == [{"min_copies": 0, "max_copies": 2}]
+    assert "parameters: placement.max_copies: expected a whole number" in problems[0][1]
+    assert from_key(to_key(models[0])).placement == models[0].placement
+    async with running("a", loads, models=str(tmp_path)) as mesh:
+        pod: Pod = mesh.pods["a"]
+        assert pod.engine.view.models["good"].max_copies == 2
+        assert "placement" not in pod.engine.view.models["good"].key
+
+
+def write(folder: Path, placement: Any) -> None:
+    folder.mkdir()
+    (folder / "model.synthetic.json").write_text("{}")
+    settings = {"parameters": {"uri": "model.synthetic.json", "placement": placement}}
+    (folder / "model-settings.json").write_text(json.dumps(settings))
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    nothing = ModelRecord("m", "synthetic", "")
+    assert fields_of({}) == {name: getattr(nothing, name) for name in NAMES}
