@@ -42,10 +42,9 @@ class Registration:
             )
         if not self.tells_placement:
             return known
-        if known.tenant and asked.tenant not in ("", known.tenant):
+        if asked.tenant not in ("", known.tenant):  # in whose books its copies are
             raise AlreadyExists(f"model {asked.model_id!r} is registered and belongs to another tenant")
-        told = {name: getattr(asked, name) for name in NAMES}
-        return replace(known, **{**told, "tenant": asked.tenant or known.tenant})
+        return replace(known, **{name: getattr(asked, name) for name in NAMES if name != "tenant"})
 
 
 def registration(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_delete: bool = False) -> Registration:
