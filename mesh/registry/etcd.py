@@ -29,7 +29,8 @@ from typing import Final
 from urllib.parse import parse_qsl, unquote
 
 from mesh.registry.base import Change, Commit, Deleted, Entry, LeaseLost, RegistryError, Snapshot
-from mesh.registry.etcd_client import ATTEMPT_S, EtcdClient, Login, Tls
+from mesh.registry.etcd_client import ATTEMPT_S, EtcdClient
+from mesh.registry.etcd_endpoint import Login, Tls
 from protos import etcd_pb2 as pb
 
 log = logging.getLogger(__name__)

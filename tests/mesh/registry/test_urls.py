@@ -7,7 +7,7 @@ import pytest
 from mesh.registry import open_registry
 from mesh.registry.base import Commit
 from mesh.registry.etcd import Address, parse
-from mesh.registry.etcd_client import Login
+from mesh.registry.etcd_endpoint import Login
 
 
 @pytest.mark.parametrize(
