@@ -15,6 +15,7 @@ from typing import Any, Final
 from loaders import LOADERS
 from mesh.frontends import FRONTENDS
 from mesh.registry import REGISTRIES
+from mesh.tls import Tls, TlsError, TlsFiles
 from placement import labels
 from placement.policies import POLICIES
 
@@ -26,6 +27,8 @@ _UNITS: Final = {"": 1, "B": 1} | {
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
 
 MAX_BYTES: Final = 1 << 50
+_MAX_PATH_BYTES: Final = 107
+"""Of a Unix socket (unix(7), sun_path)."""
 
 _CODE: Final = sorted({extension.lstrip(".") for entry in LOADERS.values() for extension in entry.runs_code})
 
@@ -70,6 +73,12 @@ class Config:
     host: str = _setting("0.0.0.0", "Address to listen on.")
     grpc_port: int = _setting(8033, "Port for V2 and management gRPC; 0 takes a free one.")
     metrics_port: int = _setting(2112, "Port for Prometheus; 0 takes a free one.")
+    uds: str = _setting("", "Unix socket on which gRPC is served as well, in plaintext.")
+    tls_cert: str = _setting("", "PEM certificate with its chain: gRPC is served over TLS only.")
+    tls_key: str = _setting("", "PEM private key of --tls-cert, without passphrase.")
+    tls_client_ca: str = _setting("", "PEM authorities that must have signed clients' certificates (mutual TLS).")
+    tls_ca: str = _setting("", "PEM authorities of other pods' certificates; --tls-client-ca, or the system's.")
+    tls_name: str = _setting("", "Name in other pods' certificates, if it is not the host they are reached at.")
     advertise: str = _setting("", "host:port at which other pods reach this one; found out by default.")
     labels: str = _setting("", "What kind of pod this is, and where: gpu=h200,zone=a,node=n1.")
     capacity: str = _setting("2GiB", "Memory that loaded models may hold.")
@@ -100,6 +109,22 @@ class Config:
     @property
     def preloaded(self) -> frozenset[str]:
         return _names(self.preload)
+
+    def open_tls(self) -> Tls | None:
+        """The certificates, if any are configured.
+
+        Raises:
+            TlsError: they cannot be used; says why in a sentence.
+        """
+        files = TlsFiles(
+            cert=self.tls_cert, key=self.tls_key, client_ca=self.tls_client_ca, ca=self.tls_ca, name=self.tls_name
+        )
+        if not files.cert:
+            for flag, value in (("--tls-ca", files.ca), ("--tls-name", files.name)):
+                if value:
+                    raise TlsError(f"{flag}: expected --tls-cert with it")
+            return None
+        return Tls(files)
 
     def validate(self) -> str | None:
         """The first sentence that is wrong with this configuration; None: it is fine."""
@@ -144,6 +169,12 @@ class Config:
             return f"--labels: {error}"
         if self.models and not Path(self.models).is_dir():
             return f"--models: {self.models!r} is not a directory"
+        if len(os.fsencode(self.uds)) > _MAX_PATH_BYTES:
+            return f"--uds: expected a path of at most {_MAX_PATH_BYTES} bytes, found {self.uds!r}"
+        try:
+            self.open_tls()
+        except TlsError as error:
+            return str(error)
         if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             return f"--log-level: expected DEBUG, INFO, WARNING or ERROR, found {self.log_level!r}"
         return None

@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import Final, Protocol, cast
 
 from mesh.rpc import Client, Handlers
+from mesh.tls import Tls
 
 
 class Server(Protocol):
     """Serves `Handlers`."""
 
     def listen(self, address: str) -> int:
-        """Bind; the port that was given.
+        """Bind to `host:port` or `unix:path`; the port that was given.
 
         Raises:
             OSError: the address cannot be bound.
@@ -36,14 +37,14 @@ FRONTENDS: Final = {
 """The server and the client of each."""
 
 
-def open_server(frontend: str, *, max_message_bytes: int, default_timeout_s: float) -> Server:
-    """`default_timeout_s`: the deadline of calls that come without one."""
+def open_server(frontend: str, *, max_message_bytes: int, default_timeout_s: float, tls: Tls | None = None) -> Server:
+    """`default_timeout_s`: the deadline of calls that come without one; `tls`: for all that is no Unix socket."""
     make = cast(Callable[..., Server], _load(FRONTENDS[frontend][0]))
-    return make(max_message_bytes=max_message_bytes, default_timeout_s=default_timeout_s)
+    return make(max_message_bytes=max_message_bytes, default_timeout_s=default_timeout_s, tls=tls)
 
 
-def open_client(frontend: str) -> Client:
-    return cast(Callable[[], Client], _load(FRONTENDS[frontend][1]))()
+def open_client(frontend: str, *, tls: Tls | None = None) -> Client:
+    return cast(Callable[..., Client], _load(FRONTENDS[frontend][1]))(tls=tls)
 
 
 def _load(where: str) -> object:

@@ -11,6 +11,7 @@ import grpc.aio
 
 from mesh.errors import MeshError, PodUnavailable, answer_of
 from mesh.rpc import Metadata
+from mesh.tls import Tls
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -33,6 +34,8 @@ class _Peer:
     """One channel and the calls on it. Closing a channel cancels its calls, so that waits for the last of them."""
 
     channel: grpc.aio.Channel
+    pems: object = None
+    """The certificates it was opened with."""
     calls: int = 0
     forgotten: bool = False
 
@@ -40,17 +43,22 @@ class _Peer:
 class GrpcioClient:
     """Implements `mesh.rpc.Client`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: Tls | None = None) -> None:
+        """`tls`: for all that is no Unix socket."""
+        self._tls = tls
         self._peers: dict[str, _Peer] = {}
 
     async def call(
         self, address: str, method: str, message: bytes, metadata: Metadata, deadline: float
     ) -> tuple[bytes, Mapping[str, str]]:
-        peer = self._peers.get(address)
         if not address:  # which grpcio would call an UNKNOWN error of the call
             raise PodUnavailable("the pod has no address")
+        peer = self._peers.get(address)
+        if peer is not None and self._tls is not None and peer.pems is not self._tls.pems:
+            await self.forget(address)
+            peer = None
         if peer is None:
-            peer = self._peers[address] = _Peer(grpc.aio.insecure_channel(address, options=_OPTIONS))
+            peer = self._peers[address] = self._open(address)
         timeout_s = max(0.001, deadline - asyncio.get_running_loop().time())
         peer.calls += 1
         try:
@@ -64,6 +72,14 @@ class GrpcioClient:
             if peer.forgotten and not peer.calls:
                 await peer.channel.close()
         return response, headers
+
+    def _open(self, address: str) -> _Peer:
+        if self._tls is None or address.startswith("unix:"):
+            return _Peer(grpc.aio.insecure_channel(address, options=_OPTIONS))
+        pems, name = self._tls.pems, self._tls.files.name
+        credentials = grpc.ssl_channel_credentials(*(pems[field] or None for field in ("ca", "key", "cert")))
+        options = [*_OPTIONS, ("grpc.ssl_target_name_override", name)] if name else _OPTIONS
+        return _Peer(grpc.aio.secure_channel(address, credentials, options=options), pems)
 
     async def forget(self, address: str) -> None:
         peer = self._peers.pop(address, None)

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
+from mesh import uds
 from mesh.errors import DeadlineExceeded, InternalError, MeshError, shown
 from mesh.rpc import Call, Handlers, Stream, Unary
+from mesh.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,9 @@ _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 class GrpcioServer:
     """Serves `Handlers` on one or more addresses: `listen`, `start`, `stop`."""
 
-    def __init__(self, *, max_message_bytes: int, default_timeout_s: float) -> None:
+    def __init__(self, *, max_message_bytes: int, default_timeout_s: float, tls: Tls | None = None) -> None:
+        """`tls`: for all that is no Unix socket."""
+        self._tls = tls
         self._default_timeout_s = default_timeout_s
         self._server = grpc.aio.server(
             options=[
@@ -34,12 +38,17 @@ class GrpcioServer:
         )
 
     def listen(self, address: str) -> int:
-        """Bind; the port that was given.
+        """Bind to `host:port` or `unix:path`; the port that was given.
 
         Raises:
             OSError: the address cannot be bound.
         """
         try:
+            if address.startswith("unix:"):
+                self._server.add_insecure_port(f"unix:{uds.free(address)}")
+                return 0
+            if self._tls is not None:
+                return int(self._server.add_secure_port(address, _credentials(self._tls)))
             return int(self._server.add_insecure_port(address))
         except RuntimeError as error:
             raise OSError(str(error).partition(";")[0]) from None  # what follows is grpcio's advice to its own users
@@ -106,6 +115,16 @@ class _ByPath(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def service(self, details: Any) -> grpc.RpcMethodHandler | None:
         return self._methods.get(details.method)
+
+
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
+    """grpcio asks before each handshake whether there are others."""
+
+    def current() -> Any:
+        pems = tls.pems
+        return grpc.ssl_server_certificate_configuration([(pems["key"], pems["cert"])], pems["client_ca"] or None)
+
+    return grpc.dynamic_ssl_server_credentials(current(), current, bool(tls.files.client_ca))
 
 
 async def _abort(context: Any, error: MeshError, call: Call) -> NoReturn:

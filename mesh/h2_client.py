@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Mapping
 from random import Random
 from typing import Final
@@ -15,18 +14,19 @@ from mesh.http2.client import Exchange
 from mesh.http2.grpc import fields_of
 from mesh.http2.hpack import Field
 from mesh.rpc import Metadata
+from mesh.tls import Tls
 
 _TRIES: Final = 3
 """Of a call that the peer never processed."""
+_FAREWELL_S: Final = 0.5
+"""For peers to take the last bytes."""
 
 
 class H2Client:
     """Implements `mesh.rpc.Client`."""
 
-    def __init__(self, *, tls: ssl.SSLContext | None = None, rng: Random | None = None) -> None:
-        """`tls`: with the authority, and for mTLS our certificate, loaded; `rng` draws the backoff's jitter."""
-        if tls is not None:
-            tls.set_alpn_protocols(["h2"])
+    def __init__(self, *, tls: Tls | None = None, rng: Random | None = None) -> None:
+        """`tls`: for all that is no Unix socket; `rng` draws the backoff's jitter."""
         self._tls = tls
         self._rng = rng or Random()
         self._peers: dict[str, Peer] = {}
@@ -65,11 +65,19 @@ class H2Client:
             self._forgotten.append(peer)
 
     async def close(self) -> None:
-        for peer in (*self._peers.values(), *self._forgotten):
-            peer.close()
+        peers = [*self._peers.values(), *self._forgotten]
         self._peers.clear()
         self._forgotten.clear()
-        await asyncio.sleep(0)  # transports tell that they are closed in the next turn of the loop
+        for peer in peers:
+            peer.close()
+        await asyncio.sleep(0)  # transports tell that they are closed in the next turn of the loop; TLS asks the peer
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + _FAREWELL_S
+        while not all(peer.ended for peer in peers):
+            if loop.time() > give_up_at:
+                for peer in peers:
+                    peer.abort()
+            await asyncio.sleep(0.005)
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None

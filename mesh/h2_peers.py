@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections import deque
 from math import inf
 from random import Random
@@ -12,13 +11,14 @@ from typing import Final
 
 from mesh.errors import DeadlineExceeded, PodUnavailable
 from mesh.h2_protocol import H2Protocol
-from mesh.http2.client import UNAVAILABLE, ClientConnection, Exchange
+from mesh.http2.client import UNAVAILABLE, UNHEARD, ClientConnection, Exchange
 from mesh.http2.frames import ErrorCode
 from mesh.http2.grpc import timeout_field
 from mesh.http2.hpack import Field
 from mesh.http2.hpack_encoder import literal
 from mesh.http2.limits import Limits
 from mesh.http2.streams import Stream
+from mesh.tls import Tls, reason
 
 log = logging.getLogger(__name__)
 
@@ -142,16 +142,16 @@ class _Awaited(Exchange):
 class Peer:
     """What leads to one address: the connection in use, and when another may be tried."""
 
-    def __init__(self, address: str, tls: ssl.SSLContext | None, rng: Random) -> None:
+    def __init__(self, address: str, tls: Tls | None, rng: Random) -> None:
         self.address = address
+        self._tls = None if address.startswith("unix:") else tls
         self.fields: list[Field] = [
             (b":method", b"POST"),
-            (b":scheme", b"https" if tls else b"http"),
+            (b":scheme", b"https" if self._tls else b"http"),
             (b":authority", b"localhost" if address.startswith("unix:") else address.encode()),
         ]
         """The first header fields of every call, and their block."""
         self.block = literal(self.fields)
-        self._tls = tls
         self._rng = rng
         self._link: Link | None = None
         self._old: list[Link] = []
@@ -186,7 +186,7 @@ class Peer:
             link = self._link
             if link is None or not link.connection.open:
                 exchange.unprocessed = True
-                exchange.status, exchange.text = UNAVAILABLE, "the connection was lost"
+                exchange.status, exchange.text = UNAVAILABLE, UNHEARD
                 return exchange
         timeout = b"grpc-timeout", timeout_field(max(0.001, deadline - loop.time()))
         stream = link.call(link.connection.encoder.encode([*fields, timeout]), message, exchange)
@@ -243,7 +243,7 @@ class Peer:
             backoff_s = min(last, first * 2.0**self._failures)
             self._failures = min(self._failures + 1, 8)
             self._not_before = loop.time() + backoff_s * (0.8 + 0.4 * self._rng.uniform(0, 1))
-            self._why = str(error.strerror or error or "no connection in time")
+            self._why = reason(error) or "no connection in time"
             raise OSError(self._why) from None
         finally:
             self._connecting = None
@@ -262,9 +262,16 @@ class Peer:
         host = host.strip("[]")
         if not (host and port.isdecimal() and int(port) < 1 << 16):
             raise OSError("expected host:port")
-        _, link = await loop.create_connection(
-            lambda: Link(loop), host, int(port), ssl=self._tls, server_hostname=host if self._tls else None
+        if self._tls is None:
+            _, link = await loop.create_connection(lambda: Link(loop), host, int(port))
+            return link
+        name = self._tls.files.name or host
+        transport, link = await loop.create_connection(
+            lambda: Link(loop), host, int(port), ssl=self._tls.calling, server_hostname=name
         )
+        if transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":  # RFC 9113 §3.2
+            transport.abort()
+            raise OSError("it does not speak HTTP/2 over TLS")
         return link
 
     def tick(self) -> None:
@@ -291,6 +298,11 @@ class Peer:
         for link in self._links():
             link.connection.fail(ErrorCode.NO_ERROR, "")
             link.flush()
+
+    def abort(self) -> None:
+        """Close without a word."""
+        for link in self._links():
+            link.abort()
 
     def _links(self) -> list[Link]:
         return self._old if self._link is None else [*self._old, self._link]

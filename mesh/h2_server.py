@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import ssl
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from mesh import uds
 from mesh.h2_protocol import TICK_S
 from mesh.h2_serving import ServerProtocol
 from mesh.h2_shared import Shared
 from mesh.http2.limits import Limits
 from mesh.rpc import Handlers
+from mesh.tls import Tls
 
 _FAREWELL_S: Final = 0.5
 """For clients to take the last bytes."""
@@ -28,9 +29,9 @@ class H2Server:
         max_message_bytes: int,
         default_timeout_s: float,
         limits: Limits | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: Tls | None = None,
     ) -> None:
-        """`tls`: with its certificate, and for mTLS the clients' authority, loaded; ALPN is set here."""
+        """`tls`: for all that is no Unix socket."""
         limits = limits or Limits(
             max_message_bytes=max_message_bytes,
             max_buffered_bytes=2 * max_message_bytes,
@@ -38,8 +39,6 @@ class H2Server:
         )
         self._shared: Shared[ServerProtocol] = Shared(limits, default_timeout_s)
         self._tls = tls
-        if tls is not None:
-            tls.set_alpn_protocols(["h2"])
         self._sockets: list[socket.socket] = []
         self._paths: list[Path] = []
         self._listeners: list[asyncio.Server] = []
@@ -52,8 +51,7 @@ class H2Server:
             OSError: the address cannot be bound.
         """
         if address.startswith("unix:"):
-            path = Path("/" + address.removeprefix("unix:").lstrip("/") if "///" in address else address[5:])
-            path.unlink(missing_ok=True)
+            path = uds.free(address)
             unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._sockets.append(unix)
             unix.bind(os.fspath(path))
@@ -78,8 +76,11 @@ class H2Server:
         loop = asyncio.get_running_loop()
         for bound in self._sockets:
             bound.setblocking(False)
+            secured: dict[str, Any] = {}
+            if self._tls is not None and bound.family != socket.AF_UNIX:
+                secured = {"ssl": self._tls.accepting, "ssl_handshake_timeout": self._shared.limits.handshake_s}
             listener = await loop.create_server(
-                lambda: ServerProtocol(self._shared, loop), sock=bound, ssl=self._tls, backlog=1024
+                lambda: ServerProtocol(self._shared, loop), sock=bound, backlog=1024, **secured
             )
             self._listeners.append(listener)
         self._ticking = loop.call_later(TICK_S, self._tick)

@@ -19,6 +19,7 @@ from mesh.h2_client import H2Client
 from mesh.local_etcd import LocalEtcd
 from mesh.management import MESH
 from mesh.rpc import Client
+from mesh.tls import Tls
 from protos import management_pb2 as pb
 
 START_TIMEOUT_S: Final = 60.0
@@ -131,13 +132,13 @@ class LocalCluster:
             self._scratch.cleanup()
 
 
-async def ready(pods: Sequence[LocalPod]) -> None:
-    """Return when every pod serves and knows the others.
+async def ready(pods: Sequence[LocalPod], tls: Tls | None = None) -> None:
+    """Return when every pod serves and knows the others; `tls`: how they are reached.
 
     Raises:
         ClusterError: one ended, or START_TIMEOUT_S passed.
     """
-    client = H2Client()
+    client = H2Client(tls=tls)
     pod_ids = {pod.pod_id for pod in pods}
     try:
         async with asyncio.timeout(START_TIMEOUT_S):

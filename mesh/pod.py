@@ -33,6 +33,7 @@ from mesh.repository import scan, to_key
 from mesh.residency import Residency
 from mesh.router import Router
 from mesh.rpc import Call, Client, Handlers
+from mesh.tls import TlsError
 from mesh.vmodels import VModels
 from placement.engine import Engine
 from placement.limits import Limits
@@ -104,14 +105,23 @@ class Pod:
             ExceptionGroup: a bug, after which the process should end.
         """
         config = self.config
+        try:
+            tls = config.open_tls()
+        except TlsError as error:
+            raise BadSetting(str(error)) from None
         registry = self._registry or _open(config.registry)
-        client = open_client(config.frontend)
+        client = open_client(config.frontend, tls=tls)
         server = open_server(
-            config.frontend, max_message_bytes=config.max_message_bytes, default_timeout_s=config.request_timeout_s
+            config.frontend,
+            max_message_bytes=config.max_message_bytes,
+            default_timeout_s=config.request_timeout_s,
+            tls=tls,
         )
         refused: CannotStart | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
+                if tls is not None:
+                    tasks.create_task(tls.follow())
                 await self._live(registry, server, client, tasks)
                 raise _Stopped  # cancels whatever is still under way in the background
         except* _Stopped:
@@ -129,6 +139,8 @@ class Pod:
     async def _live(self, registry: Registry, server: Server, client: Client, tasks: asyncio.TaskGroup) -> None:
         host = self.config.host
         port = _bind("gRPC", host, self.config.grpc_port, lambda port: server.listen(_join(host, port)))
+        if self.config.uds:
+            _bind_unix(self.config.uds, server)
         self.address = self.config.advertise or _join(reachable_host(host, self.config.registry), port)
         parts = self._assemble(registry, client, tasks, port)
         self.metrics_port, close_metrics = _bind(
@@ -265,6 +277,13 @@ def _bind(what: str, host: str, port: int, bind: Callable[[int], T]) -> T:
         return bind(port)
     except OSError as error:
         raise CannotStart(f"the {what} port {_join(host, port)} cannot be opened: {error.strerror or error}") from None
+
+
+def _bind_unix(path: str, server: Server) -> None:
+    try:
+        server.listen(f"unix:{path}")
+    except OSError as error:
+        raise CannotStart(f"the Unix socket {path} cannot be opened: {error.strerror or error}") from None
 
 
 async def _until_registry(load: Callable[[], Awaitable[None]]) -> None:

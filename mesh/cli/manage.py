@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
@@ -21,6 +22,7 @@ from mesh.config import format_bytes
 from mesh.errors import MeshError
 from mesh.h2_client import H2Client
 from mesh.management import MESH, MODEL_MESH
+from mesh.tls import Tls, TlsError, TlsFiles
 from protos import management_pb2 as pb
 
 M = TypeVar("M", bound=Message)
@@ -33,8 +35,9 @@ VStatus: Final = pb.VModelStatusInfo.VModelStatus
 class Target:
     """A pod to talk to, and how to show what it says."""
 
-    def __init__(self, address: str, output: str, timeout_s: float) -> None:
+    def __init__(self, address: str, output: str, timeout_s: float, tls: Tls | None) -> None:
         self.address = address
+        self.tls = tls
         self.as_json = output == "json"
         self.timeout_s = timeout_s
 
@@ -43,7 +46,7 @@ class Target:
         return asyncio.run(self._call(method, request, kind))
 
     async def _call(self, method: str, request: Message, kind: type[M]) -> M:
-        client = H2Client()
+        client = H2Client(tls=self.tls)
         try:
             deadline = asyncio.get_running_loop().time() + self.timeout_s
             response, _ = await client.call(self.address, method, request.SerializeToString(), (), deadline)
@@ -67,15 +70,37 @@ def _print(text: str | Table) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
 
 
+def _open_tls(use_tls: bool, files: dict[str, str]) -> Tls | None:
+    try:
+        return Tls(TlsFiles(**files)) if use_tls or any(files.values()) else None
+    except TlsError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _secured(command: Callable[P, int | None]) -> Callable[P, int | None]:
+    """Add what says how the pod is reached over TLS; a pod's own variables will do."""
+    for name, variables, explanation in (
+        ("name", ["TLS_NAME"], "Name in the pod's certificate, if it is not --target's host."),
+        ("key", ["TLS_KEY"], "PEM private key of --tls-cert."),
+        ("cert", ["TLS_CERT"], "PEM certificate to show, where pods want one."),
+        ("ca", ["TLS_CA", "TLS_CLIENT_CA"], "PEM authorities of the pod's certificate; by default the system's."),
+    ):
+        envvar = [f"DENSEMESH_{variable}" for variable in variables]
+        command = click.option(f"--tls-{name}", default="", envvar=envvar, help=explanation)(command)
+    return click.option("--tls", "use_tls", is_flag=True, help="TLS; each of the next four implies it.")(command)
+
+
 def targeted(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Add --target, --output and --timeout, and hand a `Target` to the command."""
+    """Add --target, --output, --timeout and --tls..., and hand a `Target` to the command."""
 
     @click.option("--target", envvar="DENSEMESH_TARGET", default="localhost:8033", show_default=True, help="Any pod.")
     @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
     @click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=120.0, show_default=True)
+    @_secured
     @wraps(command)
-    def with_target(target: str, output: str, timeout_s: float, **arguments: Any) -> int | None:
-        return command(Target(target, output, timeout_s), **arguments)
+    def with_target(target: str, output: str, timeout_s: float, use_tls: bool, **arguments: Any) -> int | None:
+        files = {field.name: arguments.pop(f"tls_{field.name}", "") for field in fields(TlsFiles)}
+        return command(Target(target, output, timeout_s, _open_tls(use_tls, files)), **arguments)
 
     return with_target
 

@@ -42,6 +42,8 @@ _BY_RESET: Final = {
 _BY_HTTP: Final = {"400": 13, "401": 16, "403": 7, "404": 12, "429": 14, "502": 14, "503": 14, "504": 14}
 """grpc/doc/http-grpc-status-mapping.md, for answers without grpc-status; UNKNOWN for other statuses."""
 
+UNHEARD: Final = "the connection was lost before the first answer; TLS or another certificate may be expected"
+
 
 class Exchange:
     """One unary call and how it ended."""
@@ -210,7 +212,7 @@ class ClientConnection(Connection):
         exchange.unprocessed = unprocessed
         self._freed()
         if self.fault is not None:
-            exchange.end(UNAVAILABLE, "the connection was lost")
+            exchange.end(UNAVAILABLE, "the connection was lost" if self.settled else UNHEARD)
         else:
             name = ErrorCode(code).name if code in ErrorCode.__members__.values() else str(code)
             known = ErrorCode(code) if code in ErrorCode.__members__.values() else ErrorCode.INTERNAL_ERROR

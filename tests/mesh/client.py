@@ -11,6 +11,7 @@ import grpc.aio
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from mesh.tls import Tls
 from protos import inference_pb2, management_pb2
 
 SERVICES: Final = {
@@ -31,10 +32,17 @@ TIMEOUT_S: Final = 30.0
 class Client:
     """One channel to one pod."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls | None = None) -> None:
+        """`tls`: the pod's own, which serves a client as well."""
         self.address = address
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
-        self.channel = grpc.aio.insecure_channel(address, options=options)
+        options: list[tuple[str, str | int]] = [("grpc.use_local_subchannel_pool", 1)]
+        options.append(("grpc.max_send_message_length", -1))
+        if tls is None:
+            self.channel = grpc.aio.insecure_channel(address, options=options)
+            return
+        options.append(("grpc.ssl_target_name_override", tls.files.name or address.rpartition(":")[0]))
+        credentials = grpc.ssl_channel_credentials(tls.pems["ca"], tls.pems["key"], tls.pems["cert"])
+        self.channel = grpc.aio.secure_channel(address, credentials, options=options)
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from mesh.frontends import FRONTENDS, Server, open_server
 from mesh.http2 import frames
 from mesh.http2.hpack import Decoder
 from mesh.rpc import Call, Handlers
+from mesh.tls import Tls
 
 MAX_MESSAGE: Final = 33 << 20
 TIMEOUT_S: Final = 30.0
@@ -97,9 +98,9 @@ class Handled:
 
 
 @asynccontextmanager
-async def serving(frontend: str, handled: Handled) -> AsyncIterator[tuple[Server, str]]:
+async def serving(frontend: str, handled: Handled, tls: Tls | None = None) -> AsyncIterator[tuple[Server, str]]:
     """A server of that kind, and its address."""
-    server = open_server(frontend, max_message_bytes=MAX_MESSAGE, default_timeout_s=100.0)
+    server = open_server(frontend, max_message_bytes=MAX_MESSAGE, default_timeout_s=100.0, tls=tls)
     port = server.listen("127.0.0.1:0")
     await server.start(handled.handlers())
     try:

@@ -143,7 +143,7 @@ class Mesh:
         serving.cancel()
         if task.done():
             await task
-        self.clients[pod_id] = Client(pod.address)
+        self.clients[pod_id] = Client(pod.address, config.open_tls())
         return pod
 
     async def together(self) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -233,37 +230,3 @@ async def test_interim_responses_are_skipped(client: H2Client) -> None:
     """RFC 9113, section 8.1."""
     async with peer([headers(1, literal([(b":status", b"103")])), *ANSWER]) as (address, _):
         assert (await client.call(address, "/x", b"", (), soon()))[0] == b"answer"
-
-
-def certificate(where: Path, name: str) -> tuple[str, str]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    certified, key = str(where / f"{name}.pem"), str(where / f"{name}.key")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-keyout", key, "-out", certified, "-subj", f"/CN={name}", "-days", "2"]
-    subprocess.run([*command, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
-    return certified, key
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
-@pytest.mark.parametrize("trusted", [True, False])
-async def test_mutual_tls(tmp_path: Path, trusted: bool) -> None:
-    ours, theirs = certificate(tmp_path, "server"), certificate(tmp_path, "client")
-    accepting = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=theirs[0])
-    accepting.load_cert_chain(*ours)
-    accepting.verify_mode = ssl.CERT_REQUIRED
-    calling = ssl.create_default_context(cafile=ours[0])
-    if trusted:
-        calling.load_cert_chain(*theirs)
-    server = H2Server(max_message_bytes=1 << 20, default_timeout_s=10.0, tls=accepting)
-    address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
-    await server.start(Handled().handlers())
-    client = H2Client(tls=calling)
-    try:
-        if trusted:
-            assert (await client.call(address, "/test/echo", bytes(600_000), (), soon()))[0] == bytes(600_000)
-        else:
-            with pytest.raises(PodUnavailable):
-                await client.call(address, "/test/echo", b"", (), soon())
-    finally:
-        await client.close()
-        await server.stop(0)

@@ -1,5 +1,5 @@
-"""What an unmodified `tritonclient.grpc` sees of a pod: `python triton_script.py HOST:PORT` prints JSON, one member for
-each function of SCENES. In a process of its own, because its generated messages cannot live beside ours."""
+"""What an unmodified `tritonclient.grpc` sees of a pod: `triton_script.py HOST:PORT [CA [CERT KEY]]` prints JSON, one
+member for each function of SCENES. In a process of its own, because its generated messages cannot live beside ours."""
 
 from __future__ import annotations
 
@@ -198,13 +198,14 @@ SCENES: Final = (
 )
 
 
-def main(address: str) -> None:
+def main(address: str, ca: str = "", cert: str = "", key: str = "") -> None:
     told = {}
-    with triton.InferenceServerClient(address) as client:
+    tls = {"root_certificates": ca or None, "certificate_chain": cert or None, "private_key": key or None}
+    with triton.InferenceServerClient(address, ssl=bool(ca), **tls) as client:
         for scene in SCENES:
             told[scene.__name__] = scene(client)
     print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,0 +1,150 @@
+"""TLS and mutual TLS, both front ends. Authority: issue 3; gRPC over HTTP/2 and RFC 9113 §3.2 and §9.2 (ALPN, TLS 1.2
+or later); Kubernetes' way with secrets: files change, nobody is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from mesh.errors import PodUnavailable
+from mesh.frontends import FRONTENDS, open_client
+from mesh.rpc import Client
+from mesh.tls import Tls, TlsError, TlsFiles
+from tests.interop.certificates import Authority
+from tests.mesh.frontends import Handled, serving
+
+SOON_S = 10.0
+BIG = bytes(5 << 20)
+
+Opened = Callable[[str, Tls | None], Client]
+
+
+@pytest.fixture
+async def opened() -> AsyncIterator[Opened]:
+    """Opens clients of pods, and closes them."""
+    clients = []
+
+    def open_one(kind: str, tls: Tls | None) -> Client:
+        clients.append(open_client(kind, tls=tls))
+        return clients[-1]
+
+    yield open_one
+    for client in clients:
+        await client.close()
+
+
+async def echo(client: Client, address: str, message: bytes = b"hello") -> bytes:
+    answer, _ = await client.call(address, "/test/echo", message, (), asyncio.get_running_loop().time() + SOON_S)
+    return answer
+
+
+def grpcio_credentials(ca: str, certificate: tuple[str, str] | None = None) -> grpc.ChannelCredentials:
+    chain, key = map(Path.read_bytes, map(Path, certificate)) if certificate else (None, None)
+    return grpc.ssl_channel_credentials(Path(ca).read_bytes(), key, chain)
+
+
+def grpcio_echo(address: str, credentials: grpc.ChannelCredentials | None) -> bytes | grpc.StatusCode:
+    """What grpcio's synchronous client gets."""
+    options = [("grpc.max_receive_message_length", -1)]
+    with (
+        grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address)
+    ) as channel:
+        try:
+            answer: bytes = channel.unary_unary("/test/echo")(BIG, timeout=SOON_S)
+        except grpc.RpcError as error:
+            status: grpc.StatusCode = error.code()
+            return status
+        return answer
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("frontend", FRONTENDS)
+async def test_who_is_trusted_is_served(frontend: str, mutual: bool, authority: Authority, opened: Opened) -> None:
+    tls = Tls(authority.files(mutual=mutual))
+    shown = authority.issue("client", name="client") if mutual else None
+    async with serving(frontend, Handled(), tls) as (_, address):
+        for kind in FRONTENDS:
+            client = opened(kind, tls)
+            assert await echo(client, address, BIG) == BIG
+            assert await echo(client, address.replace("127.0.0.1", "localhost")) == b"hello"
+        assert await asyncio.to_thread(grpcio_echo, address, grpcio_credentials(authority.ca, shown)) == BIG
+        async with grpc.aio.secure_channel(address, grpcio_credentials(authority.ca, shown)) as channel:
+            call = channel.stream_stream("/test/stream")(iter([b"a", b"b"]), timeout=SOON_S)
+            assert [message async for message in call] == [b"1:a", b"2:b", b"end"]
+
+
+@pytest.mark.parametrize("kind", FRONTENDS)
+@pytest.mark.parametrize("frontend", FRONTENDS)
+async def test_who_is_not_is_refused_at_once_and_told(
+    frontend: str, kind: str, authority: Authority, stranger: Authority, opened: Opened
+) -> None:
+    files = authority.files(mutual=True)
+    no_certificate = TlsFiles(ca=authority.ca)
+    wrong_certificate = TlsFiles(ca=authority.ca, **dict(zip(("cert", "key"), stranger.issue(), strict=True)))
+    wrong_authority = TlsFiles(cert=files.cert, key=files.key, ca=stranger.ca)
+    wrong_name = TlsFiles(cert=files.cert, key=files.key, ca=authority.ca, name="elsewhere")
+    handled = Handled()
+    async with serving(frontend, handled, Tls(files)) as (_, address):
+        for wrong, says in (
+            (no_certificate, "may be expected"),
+            (wrong_certificate, "may be expected"),
+            (wrong_authority, "certificate is not accepted"),
+            (wrong_name, "elsewhere"),
+            (None, "may be expected"),
+        ):
+            client = opened(kind, Tls(wrong) if wrong else None)
+            with pytest.raises(PodUnavailable) as refused:
+                async with asyncio.timeout(SOON_S / 2):
+                    await echo(client, address)
+            assert kind != "h2" or says in str(refused.value)
+        assert await asyncio.to_thread(grpcio_echo, address, None) is grpc.StatusCode.UNAVAILABLE
+        assert await echo(opened(kind, Tls(files)), address) == b"hello"
+
+
+@pytest.mark.parametrize("kind", FRONTENDS)
+@pytest.mark.parametrize("frontend", FRONTENDS)
+async def test_tls_spoken_to_a_port_without(frontend: str, kind: str, authority: Authority, opened: Opened) -> None:
+    async with serving(frontend, Handled()) as (_, address):
+        with pytest.raises(PodUnavailable) as refused:
+            async with asyncio.timeout(SOON_S / 2):
+                await echo(opened(kind, Tls(authority.files(mutual=False))), address)
+        assert kind != "h2" or "does not speak TLS" in str(refused.value)
+        assert await echo(opened(kind, None), address) == b"hello"
+
+
+def replace(paths: TlsFiles, by: TlsFiles, *only: str) -> None:
+    """As a mounted secret is replaced."""
+    for field in only or ("cert", "key", "client_ca", "ca"):
+        Path(getattr(paths, field)).write_bytes(Path(getattr(by, field)).read_bytes())
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+async def test_certificates_are_replaced_without_a_restart(
+    frontend: str, authority: Authority, stranger: Authority, opened: Opened, tmp_path: Path
+) -> None:
+    before, others = authority.files(mutual=True), stranger.files(mutual=True)
+    files, after = Authority(tmp_path / "mounted").files(mutual=True), Tls(others)
+    replace(files, before)
+    tls = Tls(files)
+    async with serving(frontend, Handled(), tls) as (_, address):
+        clients = {kind: opened(kind, tls) for kind in FRONTENDS}
+        assert [await echo(client, address) for client in clients.values()] == [b"hello"] * 2
+        assert not tls.reload()
+        replace(files, others, "cert")
+        with pytest.raises(TlsError, match="is not the key of"):  # one file is new, the other not yet
+            tls.reload()
+        assert await echo(opened(frontend, Tls(before)), address) == b"hello"
+        replace(files, others)
+        assert tls.reload()
+        for kind, client in clients.items():
+            assert await echo(client, address) == b"hello"  # on its old connection, or on a new one
+            assert await echo(opened(kind, after), address) == b"hello"
+            assert await echo(opened(kind, tls), address) == b"hello"
+            for part in (Tls(before), Tls(TlsFiles(cert=before.cert, key=before.key, ca=others.ca))):
+                with pytest.raises(PodUnavailable):
+                    await echo(opened(kind, part), address)
