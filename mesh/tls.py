@@ -72,40 +72,42 @@ class Tls:
             TlsError: they cannot be used; what was read before stays.
         """
         pems = {field.name: self._read(field.name) for field in fields(self.files) if field.name != "name"}
-        pems["ca"] = pems["ca"] or pems["client_ca"]
+        authority = "ca" if self.files.ca else "client_ca"
+        pems["ca"] = pems[authority]
         if pems == self.pems:
             return False
         calling = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if pems["ca"]:
-            self._trust(calling, "ca" if self.files.ca else "client_ca", pems)
+        if getattr(self.files, authority):
+            self._trust(calling, authority, pems)
         else:
             calling.load_default_certs()
         accepting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        if pems["client_ca"]:
+        if self.files.client_ca:
             accepting.verify_mode = ssl.CERT_REQUIRED
             self._trust(accepting, "client_ca", pems)
         for context in (calling, accepting):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.set_alpn_protocols(["h2"])
-            if pems["cert"]:
+            if self.files.cert:
                 self._show(context, pems)
         self.calling, self._newest, self.pems = calling, accepting, pems
-        if expired := self.expired():
-            log.warning("%s", expired)
         return True
 
     async def follow(self) -> None:
-        """Reload for ever. Connections that are open stay as they are."""
+        """Reload for ever, and log what is amiss. Connections that are open stay as they are."""
         said = ""
         while True:
-            await asyncio.sleep(_RELOAD_S)
+            amiss = self.expired()
             try:
                 if await asyncio.to_thread(self.reload):
                     log.info("certificates have changed; new connections use them")
-                said = ""
-            except TlsError as error:
-                if str(error) != said:  # of two files, one may be new and the other still old
-                    log.warning("changed certificates are not used: %s", said := str(error))
+                    continue
+            except TlsError as error:  # of two files, one may be new and the other still old
+                amiss = f"changed certificates are not used: {error}"
+            if amiss and amiss != said:
+                log.warning("%s", amiss)
+            said = amiss
+            await asyncio.sleep(_RELOAD_S)
 
     def expired(self) -> str:
         """A sentence, if our certificate is no longer valid."""

@@ -12,7 +12,7 @@ import pytest
 from mesh.frontends import FRONTENDS
 from mesh.local_cluster import LocalPod, ready
 from mesh.tls import Tls
-from tests.interop.certificates import Authority
+from tests.mesh.certificates import Authority
 from tests.mesh.models import write_repository
 
 

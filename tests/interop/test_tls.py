@@ -15,7 +15,7 @@ from mesh.errors import PodUnavailable
 from mesh.frontends import FRONTENDS, open_client
 from mesh.rpc import Client
 from mesh.tls import Tls, TlsError, TlsFiles
-from tests.interop.certificates import Authority
+from tests.mesh.certificates import Authority
 from tests.mesh.frontends import Handled, serving
 
 SOON_S = 10.0

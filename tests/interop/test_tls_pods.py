@@ -19,7 +19,7 @@ from mesh.driver import Driver
 from mesh.frontends import FRONTENDS
 from mesh.local_cluster import LocalPod
 from mesh.tls import TlsFiles
-from tests.interop.certificates import Authority
+from tests.mesh.certificates import Authority
 from tests.mesh.pods import Loads, Mesh, running, until, watch_loads
 
 TRITON_SCRIPT = Path(__file__).parents[1] / "mesh" / "triton_script.py"
