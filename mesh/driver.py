@@ -45,7 +45,7 @@ from placement.messages import (
     Unpublish,
     Wake,
 )
-from placement.records import ModelId, ModelRecord, copy_key, encode, pod_key
+from placement.records import ModelId, ModelRecord, Priority, copy_key, encode, pod_key
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Driver:
         """The model of a LOADED copy."""
         return self._loaded[model_id]
 
-    def want(self, model_id: ModelId, *, last_used_ms: int | None = None) -> None:
+    def want(self, model_id: ModelId, *, last_used_ms: int | None = None, priority: Priority | None = None) -> None:
         """The model should be loaded here.
 
         Raises:
@@ -128,7 +128,7 @@ class Driver:
         """
         if model_id not in self.engine.view.models:
             raise ModelNotFound(f"model {model_id!r} is not registered")
-        self.step(CopyWanted(model_id, now_ms() if last_used_ms is None else last_used_ms))
+        self.step(CopyWanted(model_id, now_ms() if last_used_ms is None else last_used_ms, priority))
 
     async def changed(self, model_id: ModelId) -> None:
         """Return when the model's copy here has ended a load, a failure or an unload."""

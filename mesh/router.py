@@ -11,12 +11,12 @@ from typing import Final
 
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
-from mesh.errors import LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
+from mesh.errors import InvalidRequest, LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
 from mesh.rpc import HOLDER, Call, Client, Metadata
 from placement.cache import Copy
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import Forward, Hop, Join, LoadHere, Refuse, Serve, Why
-from placement.records import ModelId, ModelRecord, PodId
+from placement.records import ModelId, ModelRecord, PodId, Priority
 
 HOP: Final = "densemesh-hop"
 """Request header between pods: `hit` or `load`."""
@@ -26,6 +26,9 @@ MODEL: Final = "densemesh-model-bin"
 CREATED: Final = "densemesh-created"
 """Request header between pods: the registration that the sender knows (`ModelRecord.created`), so that a receiver whose
 watch is behind does not answer from what was registered before."""
+
+PRIORITY: Final = "densemesh-priority"
+"""Request header of clients, in place of the model's own class: `high`, `normal` or `low`."""
 
 ATTEMPTS: Final = 8
 """Tries for one request; a load may fail on fewer pods (`Limits.load_tries`)."""
@@ -38,7 +41,7 @@ _Told = dict[ModelId, tuple[ModelRecord | None, Metadata]]
 Local = Callable[[Copy, Call, bytes], Awaitable[bytes]]
 """Serves a call on a loaded copy, which stays pinned meanwhile."""
 
-_NOT_FORWARDED: Final = ("grpc-", ":", "densemesh-")
+_NOT_FORWARDED: Final = ("grpc-", ":", HOP, MODEL.removesuffix("-bin"), CREATED)
 _OF_THE_CONNECTION: Final = frozenset(("user-agent", "content-type", "te"))
 
 
@@ -146,7 +149,7 @@ class Router:
     async def _load(
         self, model_id: ModelId, call: Call, message: bytes, local: Local, used_ms: int | None
     ) -> bytes | None:
-        self._driver.want(model_id, last_used_ms=used_ms)
+        self._driver.want(model_id, last_used_ms=used_ms, priority=priority_of(call))
         copy = self._engine.cache.copies[model_id]
         if copy.state in IN_FLIGHT and not copy.doomed:
             return await self._join(copy, call, message, local)
@@ -155,6 +158,7 @@ class Router:
 
     async def _join(self, copy: Copy, call: Call, message: bytes, local: Local) -> bytes | None:
         """Wait for a copy on its way, then serve; None: it went away meanwhile."""
+        copy.raise_priority(priority_of(call))
         self._driver.pin(copy)
         try:
             while copy.state in IN_FLIGHT and not copy.doomed:
@@ -196,6 +200,21 @@ class Router:
             self._engine.forward_ended(pod_id, reached=reached, now_ms=now_ms())
         call.reply_metadata[HOLDER] = headers.get(HOLDER, pod_id)
         return response
+
+
+def priority_of(call: Call) -> Priority | None:
+    """The request's own class, if it tells one.
+
+    Raises:
+        InvalidRequest
+    """
+    told = call.texts(PRIORITY)
+    if not told:
+        return None
+    try:
+        return Priority(told[0])
+    except ValueError:
+        raise InvalidRequest(f"header {PRIORITY}: expected {', '.join(Priority)}, found {told[0][:64]!r}") from None
 
 
 def passed_on(metadata: Metadata) -> Metadata:

@@ -90,9 +90,8 @@ class Copy:
         self.raise_priority(priority)
 
     def raise_priority(self, priority: Priority | None) -> None:
-        """A request's own; None: it has none."""
-        if priority is not None:
-            self.priority = min(self.priority, priority, key=RANK.__getitem__)
+        """To a request's own; None: it has none, so the model's counts."""
+        self.priority = min(self.priority, priority or self.model.priority, key=RANK.__getitem__)
 
     @property
     def worth(self) -> Worth:

@@ -54,10 +54,9 @@ class LocalCopies:
         used_ms = min(event.last_used_ms, now_ms)
         if copy is None:
             model = self._view.models[event.model_id]
-            copy = Copy(model, since_ms=now_ms, used_ms=used_ms, priority=model.priority)
+            copy = Copy(model, since_ms=now_ms, used_ms=used_ms, priority=event.priority or model.priority)
             copy.load_ms = self._load_ms(copy, self._view.size_bytes(event.model_id))
             copy.is_prefetch = event.is_prefetch
-            copy.raise_priority(event.priority)
             self.cache.add(copy)
             self._moves.publish(copy, actions)
             actions.append(EstimateSize(copy.model))

@@ -1,0 +1,47 @@
+"""Requests have classes (docs/ARCHITECTURE.md, Tenants and priorities): `densemesh-priority`, else the model's own."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.mesh.pods import Loads, Mesh, request_for, running, until
+
+
+async def _order(mesh: Mesh, loads: Loads, through: str, asked: list[tuple[str, str]]) -> list[str]:
+    """In which order models are loaded that were asked for while the only slot was taken."""
+    gate = loads.hold("first")
+    for model_id in ("first", *(model_id for model_id, _ in asked)):
+        await mesh.register(model_id)
+    tasks = [asyncio.create_task(mesh.infer("first"))]
+    await loads.begun()
+    cache = mesh.pods["a"].engine.cache
+    for model_id, priority in asked:
+        metadata = [("densemesh-priority", priority)] if priority else []
+        tasks.append(asyncio.create_task(mesh.infer(model_id, through, metadata=metadata)))
+        await until(lambda m=model_id: m in cache.copies and cache.copies[m].estimated)  # type: ignore[misc]
+    gate.set()
+    await asyncio.gather(*tasks)
+    return [model_id for pod_id, model_id in loads.seen if pod_id == "a"][1:]
+
+
+@pytest.mark.parametrize("through", ["a", "b"])
+async def test_loads_go_by_class(loads: Loads, through: str) -> None:
+    """Through a hop as well: `b` has no room, so all is loaded on `a`."""
+    async with running("", loads) as mesh:
+        await mesh.start("a", load_slots=1)
+        await mesh.start("b", capacity="1KiB")
+        await mesh.together()
+        asked = [("low", "low"), ("normal", ""), ("high", "high"), ("raised", "low")]
+        tasks = asyncio.create_task(_order(mesh, loads, through, asked))
+        assert await tasks == ["high", "normal", "low", "raised"]
+
+
+async def test_another_class_is_refused(loads: Loads) -> None:
+    async with running("a", loads) as mesh:
+        await mesh.register("m")
+        metadata = [("densemesh-priority", "urgent")]
+        status, message = await mesh.clients["a"].refusal("ModelInfer", request_for("m"), metadata=metadata)
+        assert status == "INVALID_ARGUMENT"
+        assert message == "header densemesh-priority: expected high, normal, low, found 'urgent'"
