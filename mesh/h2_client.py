@@ -54,9 +54,10 @@ class H2Client:
             return exchange.message, {key: value for key, value in exchange.headers if isinstance(value, str)}
         raise as_mesh_error(exchange, address)
 
-    def peer(self, address: str) -> Peer | None:
-        """What leads to an address, if it was called before."""
-        return self._peers.get(address)
+    def ready(self, address: str) -> Peer | None:
+        """The peer, if there is a connection (`Peer.link`) on which it can be called at once."""
+        peer = self._peers.get(address)
+        return peer if peer is not None and peer.link is not None and peer.link.connection.ready else None
 
     async def forget(self, address: str) -> None:
         peer = self._peers.pop(address, None)

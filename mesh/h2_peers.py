@@ -70,14 +70,8 @@ class Link(H2Protocol[ClientConnection]):
         self._waiters.append(waiter)
         await waiter
 
-    @property
-    def ready(self) -> bool:
-        """Whether a call can be made now."""
-        connection = self.connection
-        return connection.open and not connection.full
-
     def call(self, block: bytes, message: bytes, exchange: Exchange) -> Stream:
-        """Make a call; `ready` before. It ends by `exchange.deadline`."""
+        """Make a call; `connection.ready` before. It ends by `exchange.deadline`."""
         stream = self.connection.call(block, message, exchange)
         if exchange.deadline < self._due:
             self._look_at(exchange.deadline)
@@ -153,7 +147,8 @@ class Peer:
         """The first header fields of every call, and their block."""
         self.block = literal(self.fields)
         self._rng = rng
-        self._link: Link | None = None
+        self.link: Link | None = None
+        """The last one opened."""
         self._old: list[Link] = []
         """Links that take no new calls, until their last has ended."""
         self._connecting: asyncio.Task[Link] | None = None
@@ -171,8 +166,8 @@ class Peer:
         answered: asyncio.Future[None] = loop.create_future()
 
         exchange = _Awaited(deadline, answered)
-        link = self._link
-        if link is None or not link.ready:
+        link = self.link
+        if link is None or not link.connection.ready:
             waiting = loop.create_task(self._ready())
             try:
                 done, _ = await asyncio.wait({waiting}, timeout=max(0.0, deadline - loop.time()))
@@ -183,7 +178,7 @@ class Peer:
                 waiting.cancel()
                 raise DeadlineExceeded(f"{self.address}: no connection before the deadline")
             waiting.result()
-            link = self._link
+            link = self.link
             if link is None or not link.connection.open:
                 exchange.unprocessed = True
                 exchange.status, exchange.text = UNAVAILABLE, UNHEARD
@@ -197,12 +192,6 @@ class Peer:
             raise
         return exchange
 
-    @property
-    def link(self) -> Link | None:
-        """A connection on which a call can be made at once."""
-        link = self._link
-        return link if link is not None and link.ready else None
-
     async def _ready(self) -> None:
         """Return when a call can be made.
 
@@ -210,10 +199,10 @@ class Peer:
             PodUnavailable: the peer cannot be reached, or could not a moment ago.
         """
         while True:
-            link = self._link
+            link = self.link
             if link is None or not link.connection.open:
                 link = await self._connect()
-            if not link.connection.full or not link.connection.open:
+            if link.connection.ready or not link.connection.open:
                 return
             await link.free()
 
@@ -248,9 +237,9 @@ class Peer:
         finally:
             self._connecting = None
         self._failures = 0
-        if self._link is not None:
-            self._old.append(self._link)
-        self._link = link
+        if self.link is not None:
+            self._old.append(self.link)
+        self.link = link
         log.debug("connected to %s", self.address)
         return link
 
@@ -305,4 +294,4 @@ class Peer:
             link.abort()
 
     def _links(self) -> list[Link]:
-        return self._old if self._link is None else [*self._old, self._link]
+        return self._old if self.link is None else [*self._old, self.link]

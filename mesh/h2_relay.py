@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from time import perf_counter
 from typing import Final, Protocol
 
@@ -10,7 +9,7 @@ from mesh.errors import Code, MeshError, PodUnavailable
 from mesh.h2_client import H2Client, as_mesh_error, call_fields
 from mesh.h2_peers import Link
 from mesh.http2.client import Exchange
-from mesh.http2.grpc import fields_of, timeout_field
+from mesh.http2.grpc import Pair, fields_of, timeout_field
 from mesh.http2.hpack_encoder import literal
 from mesh.http2.streams import Stream
 from mesh.rpc import HOLDER, Call, Metadata, Relay, Unary
@@ -28,7 +27,7 @@ _told: Final[dict[Metadata, bytes]] = {}
 class Inbound(Protocol):
     """The connection that a call came on."""
 
-    def answer(self, stream: Stream, call: Call, response: bytes) -> None: ...
+    def answer(self, stream: Stream, headers: tuple[tuple[str, str], ...], response: bytes) -> None: ...
 
     def refuse(self, stream: Stream, call: Call, error: MeshError) -> None: ...
 
@@ -43,54 +42,45 @@ class Passage(Exchange):
     """One call on its way."""
 
     __slots__ = (
-        *("address", "call", "handler", "inbound", "link", "message_in", "pod_id", "relay", "since_s", "stream"),
+        *("address", "call", "handler", "inbound", "link", "pod_id", "relay", "request", "since_s", "stream"),
         "upstream",
     )
 
-    def __init__(
-        self,
-        inbound: Inbound,
-        stream: Stream,
-        handler: Unary,
-        call: Call,
-        message: bytes,
-        relay: Relay,
-        pod_id: str,
-        address: str,
-        link: Link,
-    ) -> None:
-        super().__init__(call.deadline)
-        self.inbound = inbound
-        self.stream = stream
-        self.handler = handler
-        """Takes over if the pod does not answer."""
-        self.call = call
-        self.message_in = message
-        self.relay = relay
-        self.pod_id = pod_id
-        self.address = address
-        self.link = link
-        self.since_s = perf_counter()
-        self.upstream: Stream
+    inbound: Inbound
+    stream: Stream
+    """The client's."""
+    call: Call
+    request: bytes
+    handler: Unary
+    """Takes over if the pod does not answer."""
+    relay: Relay
+    pod_id: str
+    address: str
+    link: Link
+    upstream: Stream
+    since_s: float
 
     def end(self, status: int, text: str) -> None:
-        relay, call, inbound, stream = self.relay, self.call, self.inbound, self.stream
         elapsed_s = perf_counter() - self.since_s
         if status == 0 and self.message is not None:
-            relay.ended(self.pod_id, Code.OK, elapsed_s, reached=True)
-            call.reply_metadata[HOLDER] = self._holder()
-            inbound.answer(stream, call, self.message)
-            return
-        self.status, self.text = status, text
+            self.relay.ended(self.pod_id, Code.OK, elapsed_s, reached=True)
+            self.inbound.answer(self.stream, _answered(self.headers, self.pod_id), self.message)
+        else:
+            self.status, self.text = status, text
+            self._failed(elapsed_s)
+
+    def _failed(self, elapsed_s: float) -> None:
+        """The pod refused, or is lost; where another try may help, the handler makes it."""
+        call = self.call
         error = None if self.unprocessed else as_mesh_error(self, self.address)
         if error is not None and not error.try_elsewhere:
-            relay.ended(self.pod_id, error.code, elapsed_s, reached=True)
-            inbound.refuse(stream, call, error)
+            self.relay.ended(self.pod_id, error.code, elapsed_s, reached=True)
+            self.inbound.refuse(self.stream, call, error)
             return
-        relay.ended(self.pod_id, None, elapsed_s, reached=not isinstance(error, PodUnavailable))
+        self.relay.ended(self.pod_id, None, elapsed_s, reached=not isinstance(error, PodUnavailable))
         assert call.begun is not None
-        call.begun = replace(call.begun, error=error)
-        inbound.handle(stream, self.handler, call, self.message_in)
+        call.begun = *call.begun[:2], error
+        self.inbound.handle(self.stream, self.handler, call, self.request)
 
     def late(self) -> None:
         self.inbound.expire(self.stream)
@@ -99,13 +89,6 @@ class Passage(Exchange):
         """Nobody waits for the answer any more."""
         self.relay.ended(self.pod_id, Code.CANCELLED, perf_counter() - self.since_s, reached=True)
         self.link.cancel(self.upstream)
-
-    def _holder(self) -> str:
-        """The pod that served it: the one that was asked, unless it says otherwise."""
-        for key, value in self.headers:
-            if key == HOLDER and isinstance(value, str):
-                return value
-        return self.pod_id
 
 
 def pass_on(
@@ -117,36 +100,45 @@ def pass_on(
         return False
     pod_id, address, told = onward
     assert isinstance(relay.client, H2Client)
-    peer = relay.client.peer(address)
-    link = None if peer is None else peer.link
-    if peer is None or link is None:
+    peer = relay.client.ready(address)
+    if peer is None:
         return False
-    passage = stream.owner = Passage(inbound, stream, handler, call, message, relay, pod_id, address, link)
+    assert peer.link is not None
+    passage = stream.owner = Passage(call.deadline)
+    passage.inbound, passage.stream, passage.call, passage.request = inbound, stream, call, message
+    passage.handler, passage.relay, passage.pod_id, passage.address = handler, relay, pod_id, address
+    link = passage.link = peer.link
+    passage.since_s = perf_counter()
     relay.started(pod_id)
-    block = b"".join((peer.block, _call_block(relay, call, stream.since, now), _told_block(told)))
+    block = peer.block + _call_block(relay, call, stream.since, now) + (_told.get(told) or _told_block(told))
     passage.upstream = link.call(block, message, passage)
     return True
 
 
 def _call_block(relay: Relay, call: Call, since: float, now: float) -> bytes:
     """The header fields of a call that came at `since`, with its deadline."""
-    timeout_s = call.deadline - since
-    if now - since <= timeout_s * _TIMELY:
+    timely = now - since <= (call.deadline - since) * _TIMELY
+    if timely:
         block: bytes | None = call.memo.get(_BLOCK)
         if block is not None:
             return block
-        now = since
-    fields = call_fields(call.method, relay.passed(call))
-    made = literal([*fields, (b"grpc-timeout", timeout_field(call.deadline - now))])
-    if now == since:
+    timeout = b"grpc-timeout", timeout_field(call.deadline - (since if timely else now))
+    made = literal([*call_fields(call.method, relay.passed(call)), timeout])
+    if timely:
         call.memo[_BLOCK] = made
     return made
 
 
 def _told_block(told: Metadata) -> bytes:
-    block = _told.get(told)
-    if block is None:
-        if len(_told) >= _KEPT_BLOCKS:
-            _told.clear()
-        block = _told[told] = literal(fields_of(list(told)))
+    if len(_told) >= _KEPT_BLOCKS:
+        _told.clear()
+    block = _told[told] = literal(fields_of(list(told)))
     return block
+
+
+def _answered(headers: tuple[Pair, ...], pod_id: str) -> tuple[tuple[str, str], ...]:
+    """What the client is told: who served it, which is the pod that was asked unless it says otherwise."""
+    for pair in headers:
+        if pair[0] == HOLDER:
+            return (pair,)  # type: ignore[return-value]
+    return ((HOLDER, pod_id),)

@@ -245,9 +245,11 @@ class ServerProtocol(H2Protocol[ServerConnection]):
 
     # Calls that are passed on (`mesh.h2_relay.Inbound`)
 
-    def answer(self, stream: Stream, call: Call, response: bytes) -> None:
-        self._reply(stream, call, response)
-        self.wake()
+    def answer(self, stream: Stream, headers: tuple[tuple[str, str], ...], response: bytes) -> None:
+        stream.owner = None
+        self.connection.reply(stream, self._server.block(headers), response)
+        if not self._scheduled:
+            self.wake()
 
     def refuse(self, stream: Stream, call: Call, error: MeshError) -> None:
         self._fail(stream, error, call)

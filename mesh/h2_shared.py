@@ -47,15 +47,18 @@ class Shared(Generic[P]):
         """The block of a response's headers."""
         if not call.reply_metadata and not encoding:
             return _PLAIN_HEAD
-        key = tuple(call.reply_metadata.items())
-        block = None if encoding else self._heads.get(key)
+        headers = tuple(call.reply_metadata.items())
+        if encoding:
+            return literal([*RESPONSE, *fields_of(list(headers)), (b"grpc-encoding", encoding.encode())])
+        return self.block(headers)
+
+    def block(self, headers: tuple[tuple[str, str], ...]) -> bytes:
+        """The block of a response's headers that carry these."""
+        block = self._heads.get(headers)
         if block is None:
-            fields = [*RESPONSE, *fields_of(list(key))]
-            if encoding:
-                return literal([*fields, (b"grpc-encoding", encoding.encode())])
             if len(self._heads) >= _KEPT_HEADS:
                 self._heads.clear()
-            block = self._heads[key] = literal(fields)
+            block = self._heads[headers] = literal([*RESPONSE, *fields_of(list(headers))])
         return block
 
     def close(self) -> None:

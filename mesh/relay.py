@@ -13,7 +13,7 @@ from mesh.directory import Directory
 from mesh.driver import now_ms
 from mesh.errors import Code, InvalidRequest
 from mesh.router import Router, passed_on
-from mesh.rpc import Begun, Call, Client, Metadata, Onward
+from mesh.rpc import Call, Client, Metadata, Onward
 from placement.engine import Engine
 from placement.messages import Forward, Hop
 from placement.records import PodId
@@ -21,7 +21,6 @@ from protos.inference_pb2 import ModelInferRequest
 
 _NAME_FIELD: Final = ModelInferRequest.MODEL_NAME_FIELD_NUMBER
 _PASSED: Final = "relay.passed"
-_HERE: Final = "relay.here"
 _NOBODY: Final[frozenset[PodId]] = frozenset()
 
 
@@ -44,13 +43,9 @@ class ModelRelay:
         self._observe = observe
 
     def onward(self, call: Call, message: bytes) -> Onward | None:
-        memo = call.memo
-        here = memo.get(_HERE)
-        if here is None:
-            here = memo[_HERE] = self._router.is_from_a_pod(call)
-        if here:
-            return None  # what was forwarded is never forwarded again
         try:
+            if self._router.is_from_a_pod(call):
+                return None  # what was forwarded is never forwarded again
             model_id = self._directory.known(call, message, _NAME_FIELD)
         except InvalidRequest:
             return None
@@ -58,11 +53,11 @@ class ModelRelay:
             return None
         engine = self._engine
         route = engine.route(model_id, Hop.CLIENT, _NOBODY, now_ms())
-        call.begun = Begun(model_id, route)
+        call.begun = model_id, route, None
         if type(route) is not Forward:
             return None
-        pod_id = route.pod_id
-        return pod_id, engine.view.pods[pod_id].address, self._router.told(model_id, route.hop)
+        pod_id, hop = route
+        return pod_id, engine.view.pods[pod_id].address, self._router.told(model_id, hop)
 
     def passed(self, call: Call) -> Metadata:
         passed = call.memo.get(_PASSED)

@@ -67,7 +67,7 @@ class Router:
             MeshError: see `Directory.resolve`.
         """
         if call.begun is not None:
-            return call.begun.model_id, Hop.CLIENT
+            return call.begun[0], Hop.CLIENT
         if not self.is_from_a_pod(call):
             return await self._directory.resolve(call, message, field_number), Hop.CLIENT
         hops, models = call.texts(HOP), call.texts(MODEL.removesuffix("-bin"))
@@ -94,15 +94,18 @@ class Router:
         begun, call.begun = call.begun, None
         for attempt in range(ATTEMPTS):
             engine.stats.retries += attempt > 0
-            first, begun = begun, None
-            route = first.route if first is not None else engine.route(model_id, hop, exclude, now_ms(), used_ms)
+            failed: MeshError | None = None
+            if begun is not None:
+                (_, route, failed), begun = begun, None
+            else:
+                route = engine.route(model_id, hop, exclude, now_ms(), used_ms)
             if isinstance(route, Refuse) and without:
                 exclude -= without
                 without.clear()
                 route = engine.route(model_id, hop, exclude, now_ms(), used_ms)
             try:
-                if first is not None and first.error is not None:
-                    raise first.error
+                if failed is not None:
+                    raise failed
                 match route:
                     case Serve(copy):
                         return await self._serve(copy, call, message, local)

@@ -21,13 +21,8 @@ HOLDER = "densemesh-pod"
 """Response header: the pod that served the request; a client may go straight to it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """The first attempt of a call: where it goes, and if it went there already, why it has to go elsewhere."""
-
-    model_id: ModelId
-    route: Route
-    error: MeshError | None = None
+Begun = tuple[ModelId, Route, MeshError | None]
+"""The first attempt of a call: the model, where it goes, and if it went there already, why it has to go elsewhere."""
 
 
 @dataclass(slots=True)

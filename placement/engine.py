@@ -250,14 +250,15 @@ class Engine:
         copies = self.view.copies(model_id)
         if not copies:
             return None
+        pods, suspects = self.view.pods, self._suspects
         holders = [
             pod_id
             for pod_id, copy in copies.items()
             if copy.status is status
             and pod_id != self.pod_id
-            and pod_id in self.view.pods
+            and pod_id in pods
             and pod_id not in exclude
-            and not self._is_suspect(pod_id, now_ms)
+            and not (suspects and self._is_suspect(pod_id, now_ms))
         ]
         return choose_holder(holders, self._in_flight, self._rng) if holders else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from placement.cache import Copy
 from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Priority, VModelRecord
@@ -155,8 +156,7 @@ class Hop(Enum):
     """From a pod that chose this one to load on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Serve:
+class Serve(NamedTuple):  # as Forward, made for every request: a frozen dataclass takes three times as long
     copy: Copy
 
 
@@ -172,8 +172,7 @@ class LoadHere:
     """Step `CopyWanted`, then join."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     pod_id: PodId
     hop: Hop
 

@@ -52,8 +52,8 @@ class Exchange:
 
     def __init__(self, deadline: float = inf) -> None:
         self.deadline = deadline
-        self.status = UNKNOWN
-        self.text = ""
+        self.status: int
+        self.text: str
         self.headers: tuple[Pair, ...] = ()
         self.trailers: tuple[Pair, ...] = ()
         self.message: bytes | None = None
@@ -87,19 +87,25 @@ class ClientConnection(Connection):
         return self.fault is None and not self.draining and self._next_id <= MAX_STREAM_ID
 
     @property
-    def full(self) -> bool:
-        return len(self.streams) >= min(self.peer_max_streams, self.limits.max_streams)
+    def ready(self) -> bool:
+        """Whether a call can be made now."""
+        return (
+            self.fault is None
+            and not self.draining
+            and len(self.streams) < self.peer_max_streams
+            and len(self.streams) < self.limits.max_streams
+            and self._next_id <= MAX_STREAM_ID
+        )
 
     def call(self, block: bytes, message: bytes, exchange: Exchange) -> Stream:
-        """Make a unary call with a header block of `encoder` or of `literal`; `open` and not `full` before."""
+        """Make a unary call with a header block of `encoder` or of `literal`; `ready` before."""
         stream_id = self._next_id
         self._next_id = stream_id + 2
         stream = Stream(stream_id, None, self.limits.stream_window, 0.0)
         stream.owner = exchange
         self.streams[stream_id] = stream
-        updates = self.encoder.updates()
-        if updates:
-            block = updates + block
+        if self.encoder.pending:
+            block = self.encoder.updates() + block
         size = len(message) + 5
         if (
             size <= FRAME_BYTES

@@ -55,13 +55,13 @@ def literal(fields: Iterable[Field]) -> bytes:
 class Encoder:
     """Blocks for one connection, in the order in which they are sent."""
 
-    __slots__ = ("_added", "_entries", "_limit", "_most", "_pending", "_seen", "_size")
+    __slots__ = ("_added", "_entries", "_limit", "_most", "_seen", "_size", "pending")
 
     def __init__(self, table_bytes: int) -> None:
         """`table_bytes`: the most we use, whatever the peer allows."""
         self._limit = table_bytes
         self._most = min(table_bytes, 4_096)  # §4.2: the size until the peer says otherwise
-        self._pending: list[int] = []
+        self.pending: list[int] = []
         """Size updates for the next block."""
         self._entries: dict[Field, int] = {}
         """In order of age; the value is the count of additions when it was added, which gives its index."""
@@ -75,19 +75,19 @@ class Encoder:
     def resize(self, table_bytes: int) -> None:
         """The peer's SETTINGS_HEADER_TABLE_SIZE (§4.2)."""
         most = min(table_bytes, self._limit)
-        if most == self._most and not self._pending:
+        if most == self._most and not self.pending:
             return
         self._most = most
         self._evict()
         # The smallest size since the last block, and the last one.
-        self._pending = [most] if not self._pending or most <= self._pending[0] else [self._pending[0], most]
+        self.pending = [most] if not self.pending or most <= self.pending[0] else [self.pending[0], most]
 
     def updates(self) -> bytes:
         """What the next block must begin with; only to be called for a block that is not made by `encode`."""
-        if not self._pending:
+        if not self.pending:
             return b""
-        said = b"".join([integer(size, 5, 0x20) for size in self._pending])
-        self._pending.clear()
+        said = b"".join([integer(size, 5, 0x20) for size in self.pending])
+        self.pending.clear()
         return said
 
     def encode(self, fields: Iterable[Field]) -> bytes:
