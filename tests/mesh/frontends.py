@@ -24,6 +24,7 @@ class Handled:
     def __init__(self) -> None:
         self.cancelled = 0
         self.running = 0
+        self.answered = 0
 
     def handlers(self) -> Handlers:
         unary = {
@@ -54,6 +55,7 @@ class Handled:
         async with asyncio.timeout(TIMEOUT_S):
             await asyncio.sleep(0.001)
             await asyncio.sleep(0)
+            self.answered += 1
             return message[::-1]
 
     async def fail(self, call: Call, message: bytes) -> bytes:
