@@ -14,7 +14,7 @@ from grpclib.exceptions import GRPCError
 from mesh.local_cluster import LocalPod
 from protos import inference_pb2 as v2
 from tests.mesh.certificates import Authority
-from tests.mesh.frontends import TIMEOUT_S
+from tests.mesh.frontends import TIMEOUT_S, disconnected
 
 SERVICE = "/inference.GRPCInferenceService/"
 ROW = b"\0\0\x80\x3f" * 3
@@ -81,6 +81,7 @@ async def test_errors(channel: Channel) -> None:
     assert (await infer(channel)(request("identity_fp32"), timeout=TIMEOUT_S)).raw_output_contents == [ROW]
 
 
+@pytest.mark.parametrize("secure_pod", ["h2"], indirect=True)  # grpcio does not answer TLS' goodbye
 async def test_mutual_tls(secure_pod: LocalPod, authority: Authority) -> None:
     context = ssl.create_default_context(cafile=authority.ca)
     context.set_alpn_protocols(["h2"])
@@ -88,3 +89,4 @@ async def test_mutual_tls(secure_pod: LocalPod, authority: Authority) -> None:
     async with Channel("localhost", secure_pod.grpc_port, ssl=context) as channel:
         answer = await infer(channel)(request("identity_fp32", ROW * 100_000), timeout=TIMEOUT_S)
         assert answer.raw_output_contents == [ROW * 100_000]
+    await disconnected(secure_pod.grpc_port)  # grpclib does not wait for TLS to say goodbye

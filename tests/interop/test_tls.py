@@ -4,6 +4,7 @@ or later); Kubernetes' way with secrets: files change, nobody is told."""
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,10 +14,14 @@ import pytest
 
 from mesh.errors import PodUnavailable
 from mesh.frontends import FRONTENDS, open_client
+from mesh.h2_server import H2Server
+from mesh.http2.frames import PREFACE
+from mesh.http2.limits import Limits
+from mesh.loop import new_event_loop
 from mesh.rpc import Client
 from mesh.tls import Tls, TlsError, TlsFiles
 from tests.mesh.certificates import Authority
-from tests.mesh.frontends import Handled, serving
+from tests.mesh.frontends import TIMEOUT_S, Handled, disconnected, serving
 
 SOON_S = 10.0
 BIG = bytes(5 << 20)
@@ -148,3 +153,58 @@ async def test_certificates_are_replaced_without_a_restart(
             for part in (Tls(before), Tls(TlsFiles(cert=before.cert, key=before.key, ca=others.ca))):
                 with pytest.raises(PodUnavailable):
                     await echo(opened(kind, part), address)
+
+
+async def knocked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """What a peer says until it has closed the connection."""
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, new_event_loop])
+def test_what_is_no_handshake_leaves_nothing_behind(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop], authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On both event loops, whose TLS are two."""
+
+    async def knock(port: int, said: bytes) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(said)
+        await knocked(reader, writer)
+
+    async def talk() -> None:
+        tls = Tls(authority.files(mutual=True))
+        server = H2Server(max_message_bytes=1 << 20, default_timeout_s=10.0, tls=tls, limits=Limits(handshake_s=0.2))
+        port = server.listen("127.0.0.1:0")
+        await server.start(Handled().handlers())
+        silent, half_a_hello = b"", bytes.fromhex("16030100ff0100")
+        spoken = (PREFACE, b"GET / HTTP/1.1\r\n\r\n", bytes(100), half_a_hello, silent)
+        async with asyncio.timeout(TIMEOUT_S):
+            await asyncio.gather(*(knock(port, said) for said in spoken for _ in range(5)))
+        await disconnected(port)
+        client = open_client("h2", tls=tls)
+        assert await echo(client, f"127.0.0.1:{port}") == b"hello"
+        await client.close()
+        await server.stop(0)
+        await disconnected(port)
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(talk())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("protocols", [None, ["http/1.1"]])
+async def test_alpn_is_required(protocols: list[str] | None, authority: Authority) -> None:
+    """RFC 9113 §3.2: h2, or the connection ends."""
+    context = ssl.create_default_context(cafile=authority.ca)
+    if protocols:
+        context.set_alpn_protocols(protocols)
+    async with serving("h2", Handled(), Tls(authority.files(mutual=False))) as (_, address):
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        assert not await knocked(reader, writer)
+        await disconnected(int(port))

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
+import psutil
+
 from mesh.errors import Code, InvalidRequest, MeshError, ModelNotFound, NoRoom, PodUnavailable
 from mesh.frontends import FRONTENDS, Server, open_server
 from mesh.http2 import frames
@@ -125,6 +127,19 @@ async def all_serving() -> AsyncIterator[dict[str, str]]:
     finally:
         for context in servers:
             await context.__aexit__(None, None, None)
+
+
+async def disconnected(port: int) -> None:
+    """Return when this process has no connection from or to that port."""
+    ours = psutil.Process()
+
+    def left() -> bool:
+        connections = (c for c in ours.net_connections("tcp") if c.status != psutil.CONN_LISTEN)
+        return any(port in (c.laddr.port, c.raddr.port if c.raddr else 0) for c in connections)
+
+    async with asyncio.timeout(TIMEOUT_S):
+        while left():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 async def raw_exchange(address: str, wire: bytes) -> str:
