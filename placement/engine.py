@@ -13,6 +13,7 @@ from typing import Final
 from placement import leader
 from placement.cache import Copy
 from placement.copies import LocalCopies
+from placement.labels import missing
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.limits import Limits
 from placement.messages import (
@@ -35,9 +36,10 @@ from placement.messages import (
     UnloadFinished,
     Why,
 )
+from placement.peers import Peers
 from placement.policies.base import EvictionPolicy
 from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord, Priority
-from placement.selection import candidates, choose_holder, choose_target
+from placement.selection import Wanted
 from placement.stats import Stats
 from placement.view import ClusterView
 
@@ -58,12 +60,9 @@ class Engine:
         self.copies = LocalCopies(pod_id, limits, view, policy, self.stats)
         self.cache = self.copies.cache
         self.draining = False
-        self._rng = rng
-        self._in_flight: dict[PodId, int] = {}
-        self._suspects: dict[PodId, tuple[int, int]] = {}
-        """Pods that could not be reached: until when they are avoided, and in which life (`PodRecord.created`)."""
-        self._assumed: dict[PodId, tuple[int, int]] = {}
-        """Bytes sent to a pod to load since its record of that revision."""
+        self.peers = Peers(pod_id, limits, view, rng, self.pod_record)
+        self.forward_started = self.peers.forward_started
+        self.forward_ended = self.peers.forward_ended
 
     def __repr__(self) -> str:
         return f"<Engine {self.pod_id} {self.copies!r}>"
@@ -100,7 +99,7 @@ class Engine:
             self.stats.hits += 1
             return Serve(copy)
         if hop is Hop.CLIENT:
-            holder = self._holder(model_id, CopyStatus.LOADED, exclude, now_ms)
+            holder = self.peers.holder(model_id, CopyStatus.LOADED, exclude, now_ms)
             if holder is not None:
                 return self._forward(holder, Hop.HIT_ONLY)
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
@@ -108,7 +107,7 @@ class Engine:
             self.stats.joins += 1
             return Join(copy)
         if hop is Hop.CLIENT:
-            holder = self._holder(model_id, CopyStatus.LOADING, exclude, now_ms)
+            holder = self.peers.holder(model_id, CopyStatus.LOADING, exclude, now_ms)
             if holder is not None:
                 return self._forward(holder, Hop.LOAD_HERE)
         return self._place(model_id, copy, hop, exclude, now_ms)
@@ -125,23 +124,6 @@ class Engine:
         actions: list[Action] = []
         self.copies.unpin(copy, now_ms, actions)
         return actions
-
-    def forward_started(self, pod_id: PodId) -> None:
-        self._in_flight[pod_id] = self._in_flight.get(pod_id, 0) + 1
-
-    def forward_ended(self, pod_id: PodId, *, reached: bool, now_ms: int) -> None:
-        """The peer has answered, or could not be reached and is avoided for a while."""
-        left = self._in_flight[pod_id] - 1
-        if left:
-            self._in_flight[pod_id] = left
-        else:
-            del self._in_flight[pod_id]
-        if not reached:
-            pod = self.view.pods.get(pod_id)
-            self._suspects[pod_id] = (now_ms + self.limits.suspect_ms, pod.created if pod else 0)
-            self._assumed.pop(pod_id, None)  # nothing was sent after all, and the pod will not speak of it
-        elif self._suspects:
-            self._suspects.pop(pod_id, None)
 
     def copies_of(self, model_id: ModelId) -> dict[PodId, CopyRecord]:
         """Every pod's copy of a model: this pod's as it is, the others' as the registry tells."""
@@ -197,15 +179,14 @@ class Engine:
                     copies.unwanted(copy, now_ms, actions)
             case Tick():
                 copies.tick(now_ms, actions)
-                self._suspects = {p: life for p, life in self._suspects.items() if self._is_suspect(p, now_ms)}
-                self._assumed = {p: assumed for p, assumed in self._assumed.items() if self._assumed_bytes(p)}
+                self.peers.tick(now_ms)
                 actions += leader.plan(self.view, self.pod_id)
             case DrainStarted():
                 self.draining = True
         copies.advance(now_ms, actions)
         return actions
 
-    # Choosing
+    # Nobody has it
 
     def _place(self, model_id: ModelId, copy: Copy | None, hop: Hop, exclude: Set[PodId], now_ms: int) -> Route:
         """Nobody has the model: who loads it?"""
@@ -224,49 +205,14 @@ class Engine:
         failures = [c for c in self.copies_of(model_id).values() if c.status is CopyStatus.FAILED]
         if len(failures) >= self.limits.load_tries:
             return self._refuse_failed(failures)
-        size_bytes = self.view.size_bytes(model_id)
-        must_fit_bytes = self.view.measured(model_id) or 0
-        suspects = (pod_id for pod_id in self._suspects if self._is_suspect(pod_id, now_ms))
-        unfit = {*exclude, *suspects, *(f.pod_id for f in failures)}
-        pods = {**self.view.pods, self.pod_id: self.pod_record()}
-        among = candidates(
-            pods.values(),
-            must_fit_bytes=must_fit_bytes,
-            assumed_bytes={pod_id: self._assumed_bytes(pod_id) for pod_id in self._assumed},
-            exclude=unfit,
-            now_ms=now_ms,
-        )
-        target = choose_target(model_id, size_bytes, among)
+        wanted = self.peers.wanted(model)
+        target = self.peers.target(wanted, {*exclude, *(failed.pod_id for failed in failures)}, now_ms)
         if target is None:
-            return self._refuse_all(failures, must_fit_bytes, list(pods.values()))
+            return self._refuse_all(failures, wanted)
         if target == self.pod_id:
             self.stats.loads += 1
             return LoadHere()
-        self._assume(target, size_bytes)
         return self._forward(target, Hop.LOAD_HERE)
-
-    def _holder(self, model_id: ModelId, status: CopyStatus, exclude: Set[PodId], now_ms: int) -> PodId | None:
-        """Another pod whose copy has this status, alive and not suspect."""
-        copies = self.view.copies(model_id)
-        if not copies:
-            return None
-        pods, suspects = self.view.pods, self._suspects
-        holders = [
-            pod_id
-            for pod_id, copy in copies.items()
-            if copy.status is status
-            and pod_id != self.pod_id
-            and pod_id in pods
-            and pod_id not in exclude
-            and not (suspects and self._is_suspect(pod_id, now_ms))
-        ]
-        return choose_holder(holders, self._in_flight, self._rng) if holders else None
-
-    def _is_suspect(self, pod_id: PodId, now_ms: int) -> bool:
-        """Whether the pod could not be reached a moment ago and has not been started anew since."""
-        until_ms, created = self._suspects.get(pod_id, (0, 0))
-        pod = self.view.pods.get(pod_id)
-        return until_ms > now_ms and (pod is None or pod.created == created)
 
     def _forward(self, pod_id: PodId, hop: Hop) -> Forward:
         self.stats.forwards += 1
@@ -282,25 +228,21 @@ class Engine:
             return self._refuse(Why.NO_ROOM, reasons)
         return self._refuse(_failure(any(f.retryable for f in failures)), reasons)
 
-    def _refuse_all(self, failures: Sequence[CopyRecord], size_bytes: int, pods: Sequence[PodRecord]) -> Refuse:
+    def _refuse_all(self, failures: Sequence[CopyRecord], wanted: Wanted) -> Refuse:
         if failures:
             return self._refuse_failed(failures)
-        largest = max((pod.capacity_bytes for pod in pods if not pod.draining), default=0)
-        if largest == 0:
+        pods = [pod for pod in self.peers.pods().values() if not pod.draining]
+        if not pods:
             return self._refuse(Why.NO_POD, "every pod is draining")
-        if size_bytes > largest:
-            return self._refuse(Why.LOAD_FAILED, f"needs {size_bytes} bytes; the largest pod holds {largest} bytes")
+        labelled = [pod.capacity_bytes for pod in pods if not missing(wanted.requires, pod.labels)]
+        if not labelled:
+            return self._refuse(Why.NO_POD, f"no pod has the labels {wanted.requires}, which it requires")
+        size_bytes, largest_bytes = wanted.must_fit_bytes, max(labelled)
+        if size_bytes > largest_bytes:
+            return self._refuse(
+                Why.LOAD_FAILED, f"needs {size_bytes} bytes; the largest pod holds {largest_bytes} bytes"
+            )
         return self._refuse(Why.NO_POD, "no pod that could hold it can be reached")
-
-    def _assume(self, pod_id: PodId, size_bytes: int) -> None:
-        """Until the pod speaks again, count what was sent to it (kube-scheduler's `assume`)."""
-        revision = self.view.pods[pod_id].revision
-        self._assumed[pod_id] = (revision, self._assumed_bytes(pod_id) + size_bytes)
-
-    def _assumed_bytes(self, pod_id: PodId) -> int:
-        revision, size_bytes = self._assumed.get(pod_id, (-1, 0))
-        pod = self.view.pods.get(pod_id)
-        return size_bytes if pod is not None and pod.revision == revision else 0
 
 
 def _failure(retryable: bool) -> Why:

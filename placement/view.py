@@ -23,7 +23,7 @@ from placement.records import (
     VModelRecord,
 )
 
-_IN_MEMORY: Final = frozenset({CopyStatus.LOADED, CopyStatus.LOADING})
+IN_MEMORY: Final = frozenset({CopyStatus.LOADED, CopyStatus.LOADING})
 _NO_COPIES: Final[Mapping[PodId, CopyRecord]] = MappingProxyType({})
 
 
@@ -190,7 +190,7 @@ class ClusterView:
 
     def _count(self, copy: CopyRecord | None, sign: int) -> None:
         model = self.models.get(copy.model_id) if copy is not None else None
-        if copy is None or model is None or not model.tenant or copy.status not in _IN_MEMORY:
+        if copy is None or model is None or not model.tenant or copy.status not in IN_MEMORY:
             return
         pods = self._tenant_bytes.setdefault(model.tenant, {})
         size_bytes = pods.get(copy.pod_id, 0) + sign * copy.size_bytes
