@@ -34,14 +34,15 @@ def main() -> int:
         if time.perf_counter() > started_s + seconds:
             break
     seconds, own_s = time.perf_counter() - started_s, time.process_time() - own_s
-    p50, p99, most = np.percentile(cold_ms, [50, 99, 100])
+    p50, p90, p99, most = np.percentile(cold_ms, [50, 90, 99, 100])
     cycles = len(cold_ms)
     tell(
         {
             "requests": cycles,
-            "errors": 0,
+            "errors": {},
             "seconds": seconds,
             "p50_ms": p50,
+            "p90_ms": p90,
             "p99_ms": p99,
             "max_ms": most,
             "server_us": [own_s / cycles * 1e6],

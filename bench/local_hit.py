@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from bench.jobs import Job, JobError
-from bench.load import Load, run_load
+from bench.load import run_load
 from bench.rig import CONCURRENCY, INFER, Bench, Mesh, Variant, infer_message, main, write_mlp
+from mesh.load_generator import Load
 
 TITLE = "local hit, against a bare grpc.aio echo server"
 

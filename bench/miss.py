@@ -16,10 +16,10 @@ from typing import Final
 import numpy as np
 
 from bench.jobs import JobError, result_of
-from bench.load import Result
 from bench.rig import ROUNDS, Bench, Mesh, Variant, infer_message, main, write_mlp
 from loaders import loader_for
 from loaders.base import Artifact
+from mesh.load_generator import Result
 
 TITLE = "cold requests, against an ONNX Runtime session made and run by hand"
 HIDDEN: Final = {"100 kB": 128, "1 MB": 480}
@@ -61,7 +61,8 @@ async def _compare(bench: Bench, size: str, paths: list[Path], roomy: Mesh, tigh
 
     async def cold() -> Result:
         """One request to each of some models, none of which was ever loaded."""
-        return await roomy.load(roomy_pod, [messages[n] for n in next(never_asked)], (1, 1), once=True)
+        asked = [messages[n] for n in next(never_asked)]
+        return await roomy.load(roomy_pod, asked, (1, 1), requests=len(asked))
 
     async def swap(connections: int) -> Result:
         """Requests go round more models than fit: the one asked for next is always the one evicted longest ago."""

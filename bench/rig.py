@@ -16,10 +16,11 @@ import numpy as np
 from rich.console import Console
 
 from bench.jobs import JobError
-from bench.load import Load, Result, run_load
+from bench.load import median, run_load
 from mesh.errors import MeshError
 from mesh.grpcio_client import GrpcioClient
 from mesh.inference import SERVICE
+from mesh.load_generator import Load, Result
 from mesh.local_cluster import ClusterError, LocalCluster, LocalPod, get_state
 from mesh.local_etcd import LocalEtcdError
 from mesh.management import MODEL_MESH
@@ -109,12 +110,14 @@ class Bench:
                     result = await variant.run()
                     if result.errors or not result.requests:
                         words = "; ".join(result.words)
-                        raise JobError(f"{variant.name}, {variant.load}: {result.errors} requests failed: {words}")
+                        raise JobError(
+                            f"{variant.name}, {variant.load}: {sum(result.errors.values())} requests failed: {words}"
+                        )
                     results[variant.name].append(result)
         rows: dict[str, Row] = {}
         for variant in variants:
-            median = Result.median(results[variant.name])
-            rows[variant.name] = Row(variant.name, variant.load, median, rows[variant.than] if variant.than else None)
+            result = median(results[variant.name])
+            rows[variant.name] = Row(variant.name, variant.load, result, rows[variant.than] if variant.than else None)
             self.console.print(rows[variant.name].line())
         self.rows += rows.values()
 
