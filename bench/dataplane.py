@@ -1,8 +1,9 @@
-"""CPU per request of a pod's front ends: `python -m bench.dataplane`, with h2load (nghttp2-client) on the PATH.
+"""Server CPU per request, ours and the peers', in one table from one run: `python -m bench.dataplane`.
 
-Starts one pod for each front end with a synthetic identity model, loads each with pre-framed ModelInfer requests in
-every shape (connections x streams), and prints microseconds of the pod's CPU time per request, from the kernel's
-schedstat of all its threads, with the ratio to the first front end. Answers are checked with a real client first.
+Every server is started and first asked with grpcio's own client, its answer compared. Then each is loaded with
+pre-framed ModelInfer requests (h2load where it is installed) in every shape, connections x streams, in turns, round
+after round; a figure is the least of the rounds, for whatever else the machine does only adds. CPU is that of the
+server's whole process tree, from the kernel's clocks; of a proxy it is the proxy's alone.
 """
 
 from __future__ import annotations
@@ -10,115 +11,194 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
-import shutil
-import subprocess
+import platform
+import resource
+import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from mesh.frontends import FRONTENDS
-from mesh.h2_client import H2Client
-from mesh.local_cluster import LocalPod, ready
-from protos import inference_pb2 as pb
+from bench.peers import PEERS
+from bench.peers.base import IDENTITY, INFER, MLP, Peer, PeerError, check, message
+from bench.preframed import Preframed
+from bench.rig import write_mlp
 
-METHOD: Final = "/inference.GRPCInferenceService/ModelInfer"
-SHAPES: Final = ((1, 1), (4, 4), (8, 8), (64, 1))
 SMALL, LARGE = 64, 150_528
 """Floats in the tensor: 291 bytes and 600 KB of request."""
+HIDDEN: Final = 128
 
 
-def request(floats: int) -> bytes:
-    message = pb.ModelInferRequest(model_name="m", raw_input_contents=[bytes(range(256)) * (floats // 64)])
-    message.inputs.add(name="INPUT0", datatype="FP32", shape=[1, floats])
-    encoded: bytes = message.SerializeToString()
-    return encoded
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A column of the table."""
+
+    model: str
+    floats: int
+    connections: int
+    streams: int
+
+    def __str__(self) -> str:
+        what = MLP.upper() if self.model == MLP else "600 KB" if self.floats == LARGE else "291 B"
+        return f"{what} {self.connections}x{self.streams}"
 
 
-def cpu_us(pid: int) -> float:
-    """CPU time of a process so far, over all its threads."""
-    total_ns = 0
-    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        total_ns += int(path.read_text().split()[0])
-    return total_ns / 1e3
+CASES: Final = (
+    *(Case(IDENTITY, SMALL, *shape) for shape in ((1, 1), (4, 4), (8, 8), (64, 1))),
+    *(Case(IDENTITY, LARGE, *shape) for shape in ((1, 1), (4, 4), (8, 8))),
+    *(Case(MLP, SMALL, *shape) for shape in ((1, 1), (4, 4), (8, 8), (64, 1))),
+)
 
 
-async def check(address: str, message: bytes) -> None:
-    """Answers are what they should be.
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measurement."""
+
+    cpu_us: float
+    """Of the server, per request."""
+    per_second: float
+    others: float
+    """Cores busy with what is neither the server nor the generator."""
+
+
+Table = dict[str, dict[str, Figure]]
+"""By peer and case; the figure is the one of least CPU."""
+
+
+async def measure(peers: Sequence[Peer], cases: Sequence[Case], seconds: float, rounds: int, scratch: Path) -> Table:
+    """Load every peer with every case that it serves.
 
     Raises:
-        AssertionError
+        PreframedError, PeerError, JobError
     """
-    client = H2Client()
-    for _ in range(50):  # and the model is known to be fast then
-        response, _ = await client.call(address, METHOD, message, (), asyncio.get_running_loop().time() + 30)
-        answer, asked = pb.ModelInferResponse.FromString(response), pb.ModelInferRequest.FromString(message)
-        assert answer.raw_output_contents == asked.raw_input_contents
-    await client.close()
+    table: Table = {peer.name: {} for peer in peers}
+    for case in cases:
+        able = [peer for peer in peers if case.model in peer.models]
+        loads, counts = dict[str, Preframed](), dict[str, int]()
+        for peer in able:
+            asked = message(case.model, case.floats)
+            size = await check(peer.address, case.model, case.floats, is_echo=peer.is_echo)
+            loads[peer.name] = load = Preframed(peer.address, INFER, asked, size)
+            few = 4 * case.connections * case.streams
+            rate = await load.send(case.connections, case.streams, few, scratch)  # and warms up
+            rate = await load.send(case.connections, case.streams, max(few, int(rate * 0.2)), scratch)
+            counts[peer.name] = max(few, int(rate * seconds))
+        for _ in range(rounds):
+            for peer in able:
+                figure = await _once(peer, loads[peer.name], case, counts[peer.name], scratch)
+                best = table[peer.name].get(str(case))
+                if best is None or figure.cpu_us < best.cpu_us:
+                    table[peer.name][str(case)] = figure
+        told = ", ".join(f"{peer.name} {table[peer.name][str(case)].cpu_us:.1f}" for peer in able)
+        print(f"{case}: {told}", file=sys.stderr, flush=True)
+    return table
 
 
-def load(pod: LocalPod, body: Path, connections: int, streams: int, count: int) -> tuple[float, float]:
-    """CPU microseconds per request, and requests per second."""
-    headers = ("-H", "content-type: application/grpc", "-H", "te: trailers")
-    shape = ("-t1", f"-c{connections}", f"-m{streams}", f"-n{count}", "-d", str(body))
-    assert pod.pid is not None
-    before = cpu_us(pod.pid)
-    command = ["h2load", *shape, *headers, f"http://{pod.address}{METHOD}"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    spent = cpu_us(pod.pid) - before
-    succeeded, rate = re.search(r"(\d+) succeeded", said), re.search(r"finished in .*?, ([\d.]+) req/s", said)
-    assert succeeded, said
-    assert rate, said
-    assert int(succeeded[1]) == count, said
-    return spent / count, float(rate[1])
+async def _once(peer: Peer, load: Preframed, case: Case, count: int, scratch: Path) -> Figure:
+    busy_s, generator_s, server_s, started_s = _busy_s(), _children_s(), peer.cpu_s(), time.perf_counter()
+    rate = await load.send(case.connections, case.streams, count, scratch)
+    server_s = peer.cpu_s() - server_s
+    others_s = _busy_s() - busy_s - server_s - (_children_s() - generator_s)
+    return Figure(server_s / count * 1e6, rate, max(0.0, others_s / (time.perf_counter() - started_s)))
 
 
-def measure(pod: LocalPod, scratch: Path, scale: float) -> dict[str, float]:
-    """CPU microseconds per request by shape: the best of three, for whatever else runs here only adds."""
-    found: dict[str, float] = {}
-    for floats, label, shapes in ((SMALL, "", SHAPES), (LARGE, " 600KB", SHAPES[:2])):
-        body = scratch / f"{floats}.bin"
-        message = request(floats)
-        asyncio.run(check(pod.address, message))
-        body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
-        for connections, streams in shapes:
-            count = int((600 if label else 6_000 if connections == 1 else 30_000) * scale)
-            runs = [load(pod, body, connections, streams, count) for _ in range(3)]
-            found[f"{connections}x{streams}{label}"] = min(cpu for cpu, _ in runs)
-    return found
+def _busy_s() -> float:
+    """CPU time of the whole machine so far (proc(5), /proc/stat)."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / 100
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frontends", default=",".join(FRONTENDS), help="comma-separated, the first is the reference")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests")
-    options = parser.parse_args()
-    if shutil.which("h2load") is None:
-        parser.error("h2load is not installed (Debian: nghttp2-client)")
-    rows: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as directory:
+def _children_s() -> float:
+    """Our own and our ended children's: the generator's."""
+    return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, _WHO))
+
+
+_WHO: Final = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
+
+def markdown(table: Mapping[str, Mapping[str, Mapping[str, float]]], names: Mapping[str, str]) -> str:
+    """Microseconds of CPU per request, and their ratio to the first row's."""
+    first = next(iter(table.values()))
+    columns = list(first)
+    lines = ["| us of CPU per request | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for peer, row in table.items():
+        cells = []
+        for column in columns:
+            cpu_us = row.get(column, {}).get("cpu_us")
+            ratio = f" ({cpu_us / first[column]['cpu_us']:.1f}x)" if cpu_us and row is not first else ""
+            cells.append(f"{cpu_us:,.{0 if cpu_us >= 100 else 1}f}{ratio}" if cpu_us else "")
+        lines.append(f"| {names[peer]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+async def run(names: Sequence[str], cases: Sequence[Case], seconds: float, rounds: int, home: Path) -> dict[str, Any]:
+    """Start the peers, measure, stop them; what cannot be had is told and left out.
+
+    Raises:
+        PeerError, PreframedError, JobError
+    """
+    with tempfile.TemporaryDirectory(prefix="densemesh-bench-") as directory:
         scratch = Path(directory)
-        model = scratch / "models" / "m"
-        model.mkdir(parents=True)
-        (model / "model.synthetic.json").write_text(json.dumps({"size_bytes": 1 << 20}))
-        for frontend in options.frontends.split(","):
-            settings = {"models": str(model.parent), "frontend": frontend, "log_level": "WARNING"}
-            pod = LocalPod("bench", "memory://", scratch / f"{frontend}.log", settings)
-            pod.start()
-            try:
-                asyncio.run(ready([pod]))
-                rows[frontend] = measure(pod, scratch, options.scale)
-            finally:
-                pod.terminate()
-                pod.wait()
-    shapes = list(next(iter(rows.values())))
-    print("| front end | " + " | ".join(shapes) + " |")
-    print("|---|" + "---|" * len(shapes))
-    first = next(iter(rows.values()))
-    for frontend, row in rows.items():
-        cells = [f"{row[s]:.1f}" + (f" ({row[s] / first[s]:.1f}x)" if row is not first else "") for s in shapes]
-        print(f"| {frontend} | " + " | ".join(cells) + " |")
+        repository = scratch / "models"
+        for name in (IDENTITY, MLP):
+            (repository / name).mkdir(parents=True)
+        (repository / IDENTITY / "model.synthetic.json").write_text(json.dumps({"size_bytes": 1 << 20}))
+        write_mlp(repository / MLP / "model.onnx", HIDDEN)
+        async with AsyncExitStack() as running:
+            peers: list[Peer] = []
+            for name in names:
+                peer = PEERS[name](home, scratch, repository)
+                how = peer.missing()
+                if how is not None:
+                    print(f"{name} is left out; to have it: {how}", file=sys.stderr)
+                    continue
+                if peer.is_proxy:
+                    peer.upstream = peers[0].address
+                running.push_async_callback(peer.stop)
+                await peer.start()
+                peers.append(peer)
+                print(f"{name} serves", file=sys.stderr)
+            table = await measure(peers, cases, seconds, rounds, scratch)
+            versions = {peer.name: peer.version() for peer in peers}
+    return {
+        "machine": f"{platform.machine()}, Linux {platform.release()}, CPython {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "rounds": rounds,
+        "seconds": seconds,
+        "versions": versions,
+        "table": {name: {case: asdict(figure) for case, figure in row.items()} for name, row in table.items()},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peers", default="densemesh,densemesh-grpcio,densemesh-hop", help=f"of {','.join(PEERS)}; or all"
+    )
+    parser.add_argument("--peers-dir", type=Path, default=Path(".peers"), help="the peers' virtual environments")
+    parser.add_argument("--seconds", type=float, default=0.7, help="per figure and round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="keep the figures here")
+    asked = parser.parse_args()
+    names = list(PEERS) if asked.peers == "all" else asked.peers.split(",")
+    for name in names:
+        if name not in PEERS:
+            parser.error(f"--peers: expected any of {', '.join(PEERS)}, found {name!r}")
+    if next(iter(PEERS)) not in names:
+        names.insert(0, next(iter(PEERS)))  # what the others are compared with
+    try:
+        told = asyncio.run(run(names, CASES, asked.seconds, asked.rounds, asked.peers_dir.absolute()))
+    except PeerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if asked.json:
+        asked.json.write_text(json.dumps(told, indent=1) + "\n")
+    print(markdown(told["table"], told["versions"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The comparator of `bench.local_hit`: a bare grpc.aio generic server that gives every message back, as a job."""
+"""A comparator: a bare grpc.aio generic server that gives every message back, as a job; `bench.echo [PORT]`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ async def _echo(message: bytes, context: Any) -> bytes:
     return message
 
 
-async def _serve() -> None:
+async def _serve(port: str) -> None:
     server = grpc.aio.server(handlers=(_Echo(),))
-    tell({"port": server.add_insecure_port("127.0.0.1:0")})
+    tell({"port": server.add_insecure_port(f"127.0.0.1:{port}")})
     await server.start()
     await server.wait_for_termination()
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(_serve()))
+    sys.exit(asyncio.run(_serve(*sys.argv[1:] or ["0"])))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
-from math import exp, inf, log
+from math import exp, inf, log, nan
 from pathlib import Path
 from typing import Final
 
@@ -88,7 +88,7 @@ class Result:
     p99_ms: float
     max_ms: float
     server_us: list[float]
-    """CPU time per answered request of each of `server_pids` and its descendants."""
+    """CPU time per answered request of each of `server_pids` and its descendants; NaN if it has ended."""
     client_us: float
     """The load generator's own."""
     sent_bytes: int = 0
@@ -126,7 +126,7 @@ class Latencies:
             left -= count
             if left <= 0:
                 return min(self.longest_s, exp((n + 0.5) / 100) * 1e-6)
-        return float("nan")
+        return nan
 
 
 class LoadGenerator:
@@ -186,7 +186,7 @@ class LoadGenerator:
                 await self._sleep(load.warm_up_s)
             self._measuring = True
             self.started_s, own_s = time.perf_counter(), time.process_time()
-            servers_s = [tree_cpu_s(pid) for pid in load.server_pids]
+            servers_s = list(map(_cpu_s_or_nan, load.server_pids))
             if not load.requests:
                 await self._sleep(load.seconds)
                 self._finish()
@@ -198,7 +198,7 @@ class LoadGenerator:
             for link in self._links:
                 link.end()
         seconds, own_s = time.perf_counter() - self.started_s, time.process_time() - own_s
-        servers_s = [tree_cpu_s(pid) - before for pid, before in zip(load.server_pids, servers_s, strict=True)]
+        servers_s = [_cpu_s_or_nan(pid) - before for pid, before in zip(load.server_pids, servers_s, strict=True)]
         await asyncio.gather(*tasks, return_exceptions=True)
         return self._result(seconds, servers_s, own_s)
 
@@ -383,6 +383,13 @@ class _Link(H2Protocol[ClientConnection]):
 
 def _why(error: OSError) -> str:
     return error.strerror or str(error) or "no connection in time"
+
+
+def _cpu_s_or_nan(pid: int) -> float:
+    try:
+        return tree_cpu_s(pid)
+    except OSError:
+        return nan
 
 
 def cpu_s(pid: int) -> float:

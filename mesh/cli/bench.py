@@ -282,7 +282,8 @@ def _tell(load: Load, model: str, result: Result, json_path: Path | None) -> Non
             "per_second": result.per_second,
             "cpu_us": result.cpu_us,
         }
-        text = json.dumps({k: None if v != v else v for k, v in figures.items()}, indent=1) + "\n"
+        figures = json.loads(json.dumps(figures), parse_constant=lambda nan: None)
+        text = json.dumps(figures, indent=1) + "\n"
         if str(json_path) == "-":
             print(text, end="")
             return
