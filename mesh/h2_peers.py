@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from math import inf
 from random import Random
-from typing import Final
+from typing import Final, TypeVar
 
 from mesh.errors import DeadlineExceeded, PodUnavailable
 from mesh.h2_protocol import H2Protocol
@@ -43,11 +44,11 @@ _STEP_S: Final = 0.005
 class Link(H2Protocol[ClientConnection]):
     """One connection, and the calls that wait for a free stream on it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits = LIMITS) -> None:
         super().__init__(loop)
         self._waiters: deque[asyncio.Future[None]] = deque()
         self.forgotten = False
-        self.connection = ClientConnection(LIMITS, loop.time, self._freed)
+        self.connection = ClientConnection(limits, loop.time, self._freed)
         self._due = inf
         """No call's deadline is earlier; then `_timer` looks at all of them. A timer for each would cost more."""
         self._timer: asyncio.TimerHandle | None = None
@@ -226,7 +227,7 @@ class Peer:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_CONNECT_S):
-                link = await self._transport(loop)
+                link = await connect(self.address, self._tls, lambda: Link(loop))
         except OSError as error:  # TimeoutError is one
             first, last = _BACKOFF_S
             backoff_s = min(last, first * 2.0**self._failures)
@@ -241,26 +242,6 @@ class Peer:
             self._old.append(self.link)
         self.link = link
         log.debug("connected to %s", self.address)
-        return link
-
-    async def _transport(self, loop: asyncio.AbstractEventLoop) -> Link:
-        if self.address.startswith("unix:"):
-            _, link = await loop.create_unix_connection(lambda: Link(loop), self.address.removeprefix("unix:"))
-            return link
-        host, _, port = self.address.rpartition(":")
-        host = host.strip("[]")
-        if not (host and port.isdecimal() and int(port) < 1 << 16):
-            raise OSError("expected host:port")
-        if self._tls is None:
-            _, link = await loop.create_connection(lambda: Link(loop), host, int(port))
-            return link
-        name = self._tls.files.name or host
-        transport, link = await loop.create_connection(
-            lambda: Link(loop), host, int(port), ssl=self._tls.calling, server_hostname=name
-        )
-        if transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":  # RFC 9113 §3.2
-            transport.abort()
-            raise OSError("it does not speak HTTP/2 over TLS")
         return link
 
     def tick(self) -> None:
@@ -295,3 +276,29 @@ class Peer:
 
     def _links(self) -> list[Link]:
         return self._old if self.link is None else [*self._old, self.link]
+
+
+L = TypeVar("L", bound=Link)
+
+
+async def connect(address: str, tls: Tls | None, make: Callable[[], L]) -> L:
+    """Open a connection to host:port, or unix:PATH without TLS.
+
+    Raises:
+        OSError: `mesh.tls.reason` says why.
+    """
+    loop = asyncio.get_running_loop()
+    if address.startswith("unix:"):
+        return (await loop.create_unix_connection(make, address.removeprefix("unix:")))[1]
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not (host and port.isdecimal() and int(port) < 1 << 16):
+        raise OSError("expected host:port")
+    if tls is None:
+        return (await loop.create_connection(make, host, int(port)))[1]
+    name = tls.files.name or host
+    transport, link = await loop.create_connection(make, host, int(port), ssl=tls.calling, server_hostname=name)
+    if transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":  # RFC 9113 §3.2
+        transport.abort()
+        raise OSError("it does not speak HTTP/2 over TLS")
+    return link

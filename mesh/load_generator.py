@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Final
 
 from mesh.errors import Code
-from mesh.h2_protocol import TICK_S, H2Protocol
-from mesh.http2.client import ClientConnection, Exchange
+from mesh.h2_client import call_fields
+from mesh.h2_peers import Link, connect
+from mesh.h2_protocol import TICK_S
+from mesh.http2.client import Exchange
 from mesh.http2.frames import ErrorCode
-from mesh.http2.grpc import fields_of, timeout_field
+from mesh.http2.grpc import timeout_field
 from mesh.http2.limits import Limits
-from mesh.http2.streams import Stream
 from mesh.rpc import Metadata
+from mesh.tls import Tls, reason
 
 _LIMITS: Final = Limits(
     max_message_bytes=(1 << 31) - 1,
@@ -132,8 +134,9 @@ class Latencies:
 class LoadGenerator:
     """One load, once."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, tls: Tls | None = None) -> None:
         self.load = load
+        self._tls = tls
         self.latencies = Latencies()
         self.errors: Counter[str] = Counter()
         self.answered = 0
@@ -149,16 +152,12 @@ class LoadGenerator:
         self._in_flight = 0
         self._links: list[_Link] = []
         self._done = asyncio.Event()
-        host = "localhost" if load.address.startswith("unix:") else load.address
         self._fields = [
             (b":method", b"POST"),
-            (b":scheme", b"http"),
-            (b":path", load.method.encode()),
-            (b":authority", host.encode()),
-            (b"te", b"trailers"),
-            (b"content-type", b"application/grpc"),
+            (b":scheme", b"https" if tls else b"http"),
+            (b":authority", b"localhost" if load.address.startswith("unix:") else load.address.encode()),
+            *call_fields(load.method, load.metadata),
             (b"grpc-timeout", timeout_field(load.timeout_s)),
-            *fields_of(list(load.metadata)),
         ]
 
     def stop(self) -> None:
@@ -172,16 +171,18 @@ class LoadGenerator:
             LoadError: no connection to the server.
         """
         load = self.load
+        first: list[_Link] = []
         try:
-            first = [await self._connect() for _ in range(load.connections)]
+            for _ in range(load.connections):
+                first.append(await self._connect())
         except OSError as error:
+            for link in first:
+                link.end()
             raise LoadError(f"{load.address}: {_why(error)}") from None
         self._went_s = time.perf_counter()
-        tasks = [asyncio.create_task(self._keep(link)) for link in first]
-        tasks.append(asyncio.create_task(self._tick()))
-        if load.rate:
-            tasks.append(asyncio.create_task(self._pace()))
-        try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._keep(link)) for link in first]
+            tasks += [group.create_task(each) for each in (self._tick(), self._pace())]
             if not load.requests:
                 await self._sleep(load.warm_up_s)
             self._measuring = True
@@ -191,15 +192,11 @@ class LoadGenerator:
                 await self._sleep(load.seconds)
                 self._finish()
             await self._done.wait()
-        finally:
             self._going = self._measuring = False
+            seconds, own_s = time.perf_counter() - self.started_s, time.process_time() - own_s
+            servers_s = [_cpu_s_or_nan(pid) - before for pid, before in zip(load.server_pids, servers_s, strict=True)]
             for task in tasks:
                 task.cancel()
-            for link in self._links:
-                link.end()
-        seconds, own_s = time.perf_counter() - self.started_s, time.process_time() - own_s
-        servers_s = [_cpu_s_or_nan(pid) - before for pid, before in zip(load.server_pids, servers_s, strict=True)]
-        await asyncio.gather(*tasks, return_exceptions=True)
         return self._result(seconds, servers_s, own_s)
 
     async def _sleep(self, seconds: float) -> None:
@@ -235,7 +232,7 @@ class LoadGenerator:
     def _fill(self, link: _Link, *, waited: bool = False) -> None:
         """Send what is due on a connection that has room; `waited`: it had none before."""
         load, connection = self.load, link.connection
-        while self._going and len(link.in_flight) < load.streams and connection.open and not connection.full:
+        while self._going and link.in_flight < load.streams and connection.ready:
             sent_s = time.perf_counter()
             due_s = self._went_s + self._sent / load.rate if load.rate else sent_s
             if due_s > sent_s or self._sent >= self._most:
@@ -243,17 +240,17 @@ class LoadGenerator:
             message = next(self._messages)
             self._sent += 1
             self._in_flight += 1
+            link.in_flight += 1
             if self._measuring:
                 self._sent_bytes += len(message)
-            request = _Request(self._ended, link, due_s if waited else sent_s, sent_s)
-            link.in_flight[request] = connection.request(self._fields, message, request)
-            link.wake()
+            request = _Request(self, link, due_s if waited else sent_s)
+            link.call(connection.encoder.encode(self._fields), message, request)
 
-    def _ended(self, request: Exchange) -> None:
-        assert isinstance(request, _Request)
+    def ended(self, request: _Request) -> None:
+        """A request was answered, or never will be."""
         link = request.link
-        was_full = len(link.in_flight) >= self.load.streams
-        link.in_flight.pop(request, None)
+        was_full = link.in_flight >= self.load.streams
+        link.in_flight -= 1
         self._in_flight -= 1
         if self._measuring:
             if request.status == 0 and request.message is not None:
@@ -275,60 +272,50 @@ class LoadGenerator:
 
     async def _pace(self) -> None:
         """An open loop's requests that no answer sends: each connection in turn gets what is due."""
-        while self._going:
+        while self.load.rate and self._going:
             for link in self._links:
                 self._fill(link)
-            self._links.append(self._links.pop(0))
+            self._links[:] = self._links[1:] + self._links[:1]
             await asyncio.sleep(_PACE_S)
 
     async def _tick(self) -> None:
-        """Once a second: deadlines, and what connections have to look at."""
+        """Once a second: what connections have to look at."""
         while True:
             await asyncio.sleep(TICK_S)
-            late_s = time.perf_counter() - self.load.timeout_s
             for link in list(self._links):
                 link.tick()
-                for request, stream in list(link.in_flight.items()):
-                    if request.sent_s > late_s:
-                        break
-                    link.connection.cancel(stream)
-                    request.end(Code.DEADLINE_EXCEEDED, f"no answer within {self.load.timeout_s:g} s")
-                link.flush()
 
     # Connections
 
     async def _keep(self, link: _Link) -> None:
         """Use a connection until its end, then others in its place."""
-        while True:
-            self._links.append(link)
-            self._fill(link)
+        try:
+            while True:
+                self._links.append(link)
+                self._fill(link)
+                await link.ended.wait()
+                self._links.remove(link)
+                lost_s = time.perf_counter()
+                while link.ended.is_set():
+                    await asyncio.sleep(_RECONNECT_S)
+                    try:
+                        link = await self._connect()
+                    except OSError as error:
+                        self._failed(Code.UNAVAILABLE, f"{self.load.address}: {_why(error)}")
+                        if time.perf_counter() > lost_s + _GIVE_UP_S:
+                            self.stop()
+        finally:
+            link.end()
             await link.ended.wait()
-            self._links.remove(link)
-            lost_s = time.perf_counter()
-            while link.ended.is_set():
-                await asyncio.sleep(_RECONNECT_S)
-                try:
-                    link = await self._connect()
-                except OSError as error:
-                    self._failed(Code.UNAVAILABLE, f"{self.load.address}: {_why(error)}")
-                    if time.perf_counter() > lost_s + _GIVE_UP_S:
-                        self.stop()
 
     async def _connect(self) -> _Link:
         """
         Raises:
             OSError: includes TimeoutError.
         """
-        loop, address = asyncio.get_running_loop(), self.load.address
+        loop = asyncio.get_running_loop()
         async with asyncio.timeout(_CONNECT_S):
-            if address.startswith("unix:"):
-                path = address.removeprefix("unix:")
-                _, link = await loop.create_unix_connection(lambda: _Link(loop, self), path)
-            else:
-                host, _, port = address.rpartition(":")
-                if not (host and port.isdecimal()):
-                    raise OSError("expected host:port or unix:PATH")
-                _, link = await loop.create_connection(lambda: _Link(loop, self), host.strip("[]"), int(port))
+            link = await connect(self.load.address, self._tls, lambda: _Link(loop, _LIMITS))
             await link.settled.wait()
         if not link.connection.open:
             raise OSError("the server speaks no HTTP/2")
@@ -336,38 +323,33 @@ class LoadGenerator:
 
 
 class _Request(Exchange):
-    __slots__ = ("due_s", "link", "sent_s")
+    __slots__ = ("_generator", "due_s", "link")
 
-    def __init__(self, finished: Callable[[Exchange], None], link: _Link, due_s: float, sent_s: float) -> None:
-        super().__init__(finished)
+    def __init__(self, generator: LoadGenerator, link: _Link, due_s: float) -> None:
+        super().__init__(link.loop.time() + generator.load.timeout_s)
         self.link = link
         self.due_s = due_s
-        self.sent_s = sent_s
+        self._generator = generator
+
+    def end(self, status: int, text: str) -> None:
+        super().end(status, text)
+        self._generator.ended(self)
 
 
-class _Link(H2Protocol[ClientConnection]):
-    """One connection, and the requests on it by age."""
+class _Link(Link):
+    """One connection."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, generator: LoadGenerator) -> None:
-        super().__init__(loop)
-        self.connection = ClientConnection(_LIMITS, loop.time, lambda: None)
-        self.in_flight: dict[_Request, Stream] = {}
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+        super().__init__(loop, limits)
+        self.in_flight = 0
         self.settled = asyncio.Event()
         """The server's SETTINGS came, which say how many streams it takes, or the connection has ended."""
         self.ended = asyncio.Event()
-        self._generator = generator
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self.settled.is_set() and (self.connection.settled or not self.connection.open):
             self.settled.set()
-        if self.connection.draining and not self.in_flight:
-            self.end()
-
-    def pause_writing(self) -> None:
-        """Goes on reading, or a server and we that wait for each other would do so for ever."""
-        self.connection.writable = False
-        self._paused_at = self.loop.time()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -375,14 +357,14 @@ class _Link(H2Protocol[ClientConnection]):
         self.ended.set()
 
     def end(self) -> None:
-        """Say goodbye; what is in flight counts for nothing any more."""
-        self.in_flight.clear()
+        """Say goodbye; nothing is waited for."""
         self.connection.fail(ErrorCode.NO_ERROR, "")
         self.flush()
+        self.abort()
 
 
 def _why(error: OSError) -> str:
-    return error.strerror or str(error) or "no connection in time"
+    return reason(error) or "no connection in time"
 
 
 def _cpu_s_or_nan(pid: int) -> float:

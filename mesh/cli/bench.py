@@ -18,6 +18,7 @@ import click
 import numpy as np
 
 from loaders.datatypes import DTYPES
+from mesh.cli.manage import secured
 from mesh.config import format_bytes
 from mesh.errors import MeshError
 from mesh.h2_client import H2Client
@@ -25,6 +26,7 @@ from mesh.inference import SERVICE
 from mesh.load_generator import Load, LoadError, LoadGenerator, Result, tree_cpu_s
 from mesh.loop import new_event_loop
 from mesh.rpc import Metadata
+from mesh.tls import Tls
 from protos import inference_pb2 as pb
 
 _MESSAGES: Final = 16
@@ -101,6 +103,7 @@ def _option(flag: str, kind: Any, default: Any, explanation: str) -> Callable[[F
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     help="Also write the figures to FILE (-: to stdout, instead of the text).",
 )
+@secured
 def bench(
     address: str,
     model: str,
@@ -112,6 +115,7 @@ def bench(
     warm_up: float,
     pids: Sequence[int],
     json_path: Path | None,
+    tls: Tls | None,
     **shape: Any,
 ) -> int:
     """Load a model of the V2 gRPC server at ADDRESS (host:port) with random data; tell its rate and its latencies.
@@ -127,7 +131,7 @@ def bench(
             raise click.BadParameter(f"{pid} is no process on this machine", param_hint="--pid") from None
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
-            messages = runner.run(_messages(address, model, shapes, metadata, timeout))
+            messages = runner.run(_messages(H2Client(tls=tls), address, model, shapes, metadata, timeout))
             load = Load(
                 address,
                 SERVICE + "ModelInfer",
@@ -140,22 +144,32 @@ def bench(
                 server_pids=pids,
                 **shape,
             )
-            result, interrupted = runner.run(_measure(load))
+            result, interrupted = runner.run(_measure(LoadGenerator(load, tls)))
         except LoadError as error:
             raise click.ClickException(str(error)) from None
-    _tell(load, model, result, json_path)
+    figures = _figures(load, model, result)
+    if str(json_path) == "-":
+        print(figures, end="")
+    else:
+        _tell(load, model, result)
+    if json_path is not None and str(json_path) != "-":
+        try:
+            json_path.write_text(figures)
+        except OSError as error:
+            raise click.ClickException(f"--json: {json_path}: {error.strerror}") from None
     if interrupted:
         return 130
     return 1 if result.errors or not result.requests else 0
 
 
-async def _messages(address: str, model: str, shapes: Inputs, metadata: Metadata, timeout_s: float) -> list[bytes]:
+async def _messages(
+    client: H2Client, address: str, model: str, shapes: Inputs, metadata: Metadata, timeout_s: float
+) -> list[bytes]:
     """Requests that the server answers: the first was tried.
 
     Raises:
         LoadError
     """
-    client = H2Client()
 
     async def call(method: str, message: bytes) -> bytes:
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -229,13 +243,12 @@ def _random_tensor(datatype: str, count: int, rng: np.random.Generator) -> bytes
     return rng.integers(0, 2 if datatype == "BOOL" else 10, count).astype(DTYPES[datatype]).tobytes()
 
 
-async def _measure(load: Load) -> tuple[Result, bool]:
+async def _measure(generator: LoadGenerator) -> tuple[Result, bool]:
     """What came of it, and whether it was interrupted.
 
     Raises:
         LoadError
     """
-    generator = LoadGenerator(load)
     loop, interrupted = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupt() -> None:
@@ -269,25 +282,23 @@ async def _live(generator: LoadGenerator) -> None:
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def _tell(load: Load, model: str, result: Result, json_path: Path | None) -> None:
-    if json_path is not None:
-        figures = {
-            "address": load.address,
-            "model": model,
-            "connections": load.connections,
-            "streams": load.streams,
-            "rate": load.rate or None,
-            "request_bytes": len(load.messages[0]),
-            **asdict(result),
-            "per_second": result.per_second,
-            "cpu_us": result.cpu_us,
-        }
-        figures = json.loads(json.dumps(figures), parse_constant=lambda nan: None)
-        text = json.dumps(figures, indent=1) + "\n"
-        if str(json_path) == "-":
-            print(text, end="")
-            return
-        json_path.write_text(text)
+def _figures(load: Load, model: str, result: Result) -> str:
+    """As JSON; null is what was not measured."""
+    figures = {
+        "address": load.address,
+        "model": model,
+        "connections": load.connections,
+        "streams": load.streams,
+        "rate": load.rate or None,
+        "request_bytes": len(load.messages[0]),
+        **asdict(result),
+        "per_second": result.per_second,
+        "cpu_us": result.cpu_us,
+    }
+    return json.dumps(json.loads(json.dumps(figures), parse_constant=lambda nan: None), indent=1) + "\n"
+
+
+def _tell(load: Load, model: str, result: Result) -> None:
     loop = f"open loop, {load.rate:g} requests/s" if load.rate else "closed loop"
     size = format_bytes(len(load.messages[0]))
     print(f"{model} at {load.address}: {load.connections} x {load.streams}, {loop}, requests of {size}")

@@ -77,17 +77,23 @@ def _open_tls(use_tls: bool, files: dict[str, str]) -> Tls | None:
         raise click.UsageError(str(error)) from None
 
 
-def _secured(command: Callable[P, int | None]) -> Callable[P, int | None]:
-    """Add what says how the pod is reached over TLS; a pod's own variables will do."""
+def secured(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Add what says how the pod is reached over TLS, and hand `tls` to the command; a pod's own variables will do."""
+
+    @wraps(command)
+    def with_tls(use_tls: bool, **arguments: Any) -> int | None:
+        files = {field.name: arguments.pop(f"tls_{field.name}", "") for field in fields(TlsFiles)}
+        return command(tls=_open_tls(use_tls, files), **arguments)
+
     for name, variables, explanation in (
-        ("name", ["TLS_NAME"], "Name in the pod's certificate, if it is not --target's host."),
+        ("name", ["TLS_NAME"], "Name in the pod's certificate, if it is not the host that is called."),
         ("key", ["TLS_KEY"], "PEM private key of --tls-cert."),
         ("cert", ["TLS_CERT"], "PEM certificate to show, where pods want one."),
         ("ca", ["TLS_CA", "TLS_CLIENT_CA"], "PEM authorities of the pod's certificate; by default the system's."),
     ):
         envvar = [f"DENSEMESH_{variable}" for variable in variables]
-        command = click.option(f"--tls-{name}", default="", envvar=envvar, help=explanation)(command)
-    return click.option("--tls", "use_tls", is_flag=True, help="TLS; each of the next four implies it.")(command)
+        with_tls = click.option(f"--tls-{name}", default="", envvar=envvar, help=explanation)(with_tls)
+    return click.option("--tls", "use_tls", is_flag=True, help="TLS; each of the next four implies it.")(with_tls)
 
 
 def targeted(command: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -96,11 +102,10 @@ def targeted(command: Callable[..., int | None]) -> Callable[..., int | None]:
     @click.option("--target", envvar="DENSEMESH_TARGET", default="localhost:8033", show_default=True, help="Any pod.")
     @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
     @click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=120.0, show_default=True)
-    @_secured
+    @secured
     @wraps(command)
-    def with_target(target: str, output: str, timeout_s: float, use_tls: bool, **arguments: Any) -> int | None:
-        files = {field.name: arguments.pop(f"tls_{field.name}", "") for field in fields(TlsFiles)}
-        return command(Target(target, output, timeout_s, _open_tls(use_tls, files)), **arguments)
+    def with_target(target: str, output: str, timeout_s: float, tls: Tls | None, **arguments: Any) -> int | None:
+        return command(Target(target, output, timeout_s, tls), **arguments)
 
     return with_target
 

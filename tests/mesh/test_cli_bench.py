@@ -20,7 +20,9 @@ from mesh.errors import NoRoom
 from mesh.frontends import open_server
 from mesh.local_cluster import LocalPod
 from mesh.rpc import Call, Handlers, Unary
+from mesh.tls import Tls
 from protos import inference_pb2 as pb
+from tests.mesh.certificates import Authority
 from tests.mesh.models import KINDS
 
 FEW = ("--connections", "2", "--streams", "3", "--requests", "60")
@@ -121,9 +123,9 @@ def test_no_server(bench: Bench) -> None:
 
 
 @asynccontextmanager
-async def server_of(infer: Unary) -> AsyncIterator[str]:
+async def server_of(infer: Unary, tls: Tls | None = None) -> AsyncIterator[str]:
     """A server of ModelInfer and nothing else."""
-    server = open_server("grpcio", max_message_bytes=1 << 20, default_timeout_s=60.0)
+    server = open_server("grpcio", max_message_bytes=1 << 20, default_timeout_s=60.0, tls=tls)
     address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
     await server.start(Handlers({"/inference.GRPCInferenceService/ModelInfer": infer}))
     try:
@@ -171,6 +173,22 @@ async def test_a_server_that_says_nothing_of_inputs() -> None:
         _, err = await process.communicate()
     assert process.returncode == 1
     assert err.startswith(b"densemesh: ModelMetadata of 'm': UNIMPLEMENTED")
+
+
+async def test_tls(tmp_path: Path) -> None:
+    async def infer(call: Call, message: bytes) -> bytes:
+        return b""
+
+    authority = Authority(tmp_path)
+    async with server_of(infer, Tls(authority.files(mutual=False))) as address:
+        process = await command(address, *FEW, "--shape", "x:FP32=1", "--tls-ca", authority.ca, "--json", "-")
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        assert json.loads(out)["requests"] == 60
+        process = await command(address, *FEW, "--shape", "x:FP32=1", "--tls")
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"its certificate is not accepted" in err
 
 
 async def test_an_interrupt_tells_what_was_measured() -> None:
