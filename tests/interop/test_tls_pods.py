@@ -15,12 +15,11 @@ from click.testing import CliRunner
 
 import mesh.tls
 from mesh.__main__ import cli
-from mesh.driver import Driver
 from mesh.frontends import FRONTENDS
 from mesh.local_cluster import LocalPod
 from mesh.tls import TlsFiles
 from tests.mesh.certificates import Authority
-from tests.mesh.pods import Loads, Mesh, running, until, watch_loads
+from tests.mesh.pods import Loads, Mesh, running, until
 
 TRITON_SCRIPT = Path(__file__).parents[1] / "mesh" / "triton_script.py"
 NAME = "densemesh.models.svc"
@@ -43,11 +42,9 @@ def mounted(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-async def two(frontend: str, mounted: Authority, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
+async def two(frontend: str, mounted: Authority, loads: Loads, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
     """Two pods with mutual TLS."""
     monkeypatch.setattr(mesh.tls, "_RELOAD_S", 0.01)
-    loads = Loads()
-    monkeypatch.setattr(Driver, "_load_model", watch_loads(loads, Driver._load_model))
     files = mounted.files(mutual=True, name=NAME)
     async with running("ab", loads, frontend=frontend, **settings(files)) as pods:
         await pods.register("m", load=True)

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mesh.driver import Driver
 from mesh.frontends import FRONTENDS
 from mesh.local_cluster import LocalPod, ready
 from mesh.registry import open_registry
 from tests.mesh.client import Client
 from tests.mesh.models import write_classifier, write_repository
-from tests.mesh.pods import Loads, Mesh, watch_loads
+from tests.mesh.pods import Loads, Mesh
 
 
 @pytest.fixture(scope="module", params=FRONTENDS)
@@ -59,14 +58,6 @@ def pod(
 async def client(pod: LocalPod) -> AsyncIterator[Client]:
     async with Client(pod.address) as connected:
         yield connected
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
-    """The loads of all pods in this process."""
-    seen = Loads()
-    monkeypatch.setattr(Driver, "_load_model", watch_loads(seen, Driver._load_model))
-    return seen
 
 
 @pytest.fixture(params=["memory", "etcd"])

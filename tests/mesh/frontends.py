@@ -102,13 +102,15 @@ class Handled:
 
 
 @asynccontextmanager
-async def serving(frontend: str, handled: Handled, tls: Tls | None = None) -> AsyncIterator[tuple[Server, str]]:
+async def serving(
+    frontend: str, handled: Handled, tls: Tls | None = None, address: str = "127.0.0.1:0"
+) -> AsyncIterator[tuple[Server, str]]:
     """A server of that kind, and its address."""
     server = open_server(frontend, max_message_bytes=MAX_MESSAGE, default_timeout_s=100.0, tls=tls)
-    port = server.listen("127.0.0.1:0")
+    port = server.listen(address)
     await server.start(handled.handlers())
     try:
-        yield server, f"127.0.0.1:{port}"
+        yield server, f"127.0.0.1:{port}" if port else address
     finally:
         await server.stop(0)
 
