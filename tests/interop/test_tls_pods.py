@@ -82,6 +82,8 @@ def test_tritonclient(secure_pod: LocalPod, authority: Authority) -> None:
     assert seen["echo"]["right"]
     assert seen["many_at_once"] == 40
     assert seen["stream"][-1] == "ok 4"
+    assert all(seen["large"])
+    assert seen["on_asyncio"][:2] == [20, ["0", "1", "2"]]
     assert seen["errors"]["deadline"][0] == "StatusCode.DEADLINE_EXCEEDED"
 
 

@@ -54,6 +54,14 @@ def test_async_infer_of_many_at_once(seen: Seen) -> None:
     assert seen["many_at_once"] == 40
 
 
+def test_large_messages_and_compressed_ones(seen: Seen) -> None:
+    assert seen["large"] == [True] * 3
+
+
+def test_tritonclient_on_asyncio(seen: Seen) -> None:
+    assert seen["on_asyncio"] == [20, ["0", "1", "2"], "StatusCode.NOT_FOUND"]
+
+
 def test_model_metadata(seen: Seen) -> None:
     tensors = [{"datatype": "FP32", "shape": ["-1", "4"]}]
     assert seen["metadata"] == {

@@ -3,16 +3,18 @@ member for each function of SCENES. In a process of its own, because its generat
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton
+import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 TIMEOUT_S: Final = 60.0
@@ -110,6 +112,16 @@ def many_at_once(client: Any) -> Any:
     return right
 
 
+def large(client: Any) -> Any:
+    """8 MB each way; and some in both of gRPC's compressions."""
+    right = []
+    for rows, compression in ((2 << 20, None), (1 << 16, "gzip"), (1 << 16, "deflate")):
+        array = np.arange(rows, dtype=np.float32).reshape(1, -1)
+        answer = client.infer("identity_fp32", [tensor("INPUT0", "FP32", array)], compression_algorithm=compression)
+        right.append(bool(np.array_equal(answer.as_numpy("OUTPUT0"), array)))
+    return right
+
+
 def metadata(client: Any) -> Any:
     return client.get_model_metadata("addsub", as_json=True)
 
@@ -189,6 +201,7 @@ SCENES: Final = (
     echo,
     selection,
     many_at_once,
+    large,
     metadata,
     ready,
     repository,
@@ -198,12 +211,30 @@ SCENES: Final = (
 )
 
 
+async def on_asyncio(address: str, **tls: Any) -> Any:
+    """tritonclient.grpc.aio: calls at once, a stream and an error."""
+    async with triton_aio.InferenceServerClient(address, **tls) as client:
+        array, inputs = pair(2)
+        answers = await asyncio.gather(*(client.infer("addsub", inputs) for _ in range(20)))
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            for n in range(3):
+                yield {"model_name": "addsub", "inputs": inputs, "request_id": str(n)}
+
+        streamed = [result.get_response().id async for result, _ in client.stream_infer(requests())]
+        try:
+            await client.infer("nobody", inputs)
+        except InferenceServerException as error:
+            return [sum(np.array_equal(a.as_numpy("OUTPUT0"), array * 2) for a in answers), streamed, error.status()]
+
+
 def main(address: str, ca: str = "", cert: str = "", key: str = "") -> None:
     told = {}
     tls = {"root_certificates": ca or None, "certificate_chain": cert or None, "private_key": key or None}
     with triton.InferenceServerClient(address, ssl=bool(ca), **tls) as client:
         for scene in SCENES:
             told[scene.__name__] = scene(client)
+    told[on_asyncio.__name__] = asyncio.run(on_asyncio(address, ssl=bool(ca), **tls))
     print(json.dumps(told))
 
 
