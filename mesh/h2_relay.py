@@ -14,6 +14,7 @@ from mesh.http2.hpack_encoder import literal
 from mesh.http2.streams import Stream
 from mesh.rpc import HOLDER, Call, Metadata, Relay, Unary
 
+_OK: Final = Code.OK  # looked up once: on the enum that takes 0.2 us
 _KEPT_BLOCKS: Final = 4_096
 _BLOCK: Final = "h2_relay.block"
 _TIMELY: Final = 0.01
@@ -63,7 +64,7 @@ class Passage(Exchange):
     def end(self, status: int, text: str) -> None:
         elapsed_s = perf_counter() - self.since_s
         if status == 0 and self.message is not None:
-            self.relay.ended(self.pod_id, Code.OK, elapsed_s, reached=True)
+            self.relay.ended(self.pod_id, _OK, elapsed_s, reached=True)
             self.inbound.answer(self.stream, _answered(self.headers, self.pod_id), self.message)
         else:
             self.status, self.text = status, text

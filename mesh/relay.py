@@ -15,13 +15,11 @@ from mesh.errors import Code, InvalidRequest
 from mesh.router import Router, passed_on
 from mesh.rpc import Call, Client, Metadata, Onward
 from placement.engine import Engine
-from placement.messages import Forward, Hop
 from placement.records import PodId
 from protos.inference_pb2 import ModelInferRequest
 
 _NAME_FIELD: Final = ModelInferRequest.MODEL_NAME_FIELD_NUMBER
 _PASSED: Final = "relay.passed"
-_NOBODY: Final[frozenset[PodId]] = frozenset()
 
 
 class ModelRelay:
@@ -52,10 +50,10 @@ class ModelRelay:
         if model_id is None:
             return None
         engine = self._engine
-        route = engine.route(model_id, Hop.CLIENT, _NOBODY, now_ms())
-        call.begun = model_id, route, None
-        if type(route) is not Forward:
+        route = engine.route_elsewhere(model_id, now_ms())
+        if route is None:
             return None
+        call.begun = model_id, route, None
         pod_id, hop = route
         return pod_id, engine.view.pods[pod_id].address, self._router.told(model_id, hop)
 

@@ -43,6 +43,11 @@ from placement.selection import Wanted
 from placement.stats import Stats
 from placement.view import ClusterView
 
+# Members that a forward asks for: looking one up on its enum takes 0.2 us.
+_LOADED_HERE: Final = CopyState.LOADED
+_LOADED: Final = CopyStatus.LOADED
+_HIT_ONLY: Final = Hop.HIT_ONLY
+_NOBODY: Final[frozenset[PodId]] = frozenset()
 _NO_ACTIONS: Final[Sequence[Action]] = ()
 
 
@@ -99,9 +104,9 @@ class Engine:
             self.stats.hits += 1
             return Serve(copy)
         if hop is Hop.CLIENT:
-            holder = self.peers.holder(model_id, CopyStatus.LOADED, exclude, now_ms)
-            if holder is not None:
-                return self._forward(holder, Hop.HIT_ONLY)
+            forward = self._to_holder(model_id, exclude, now_ms)
+            if forward is not None:
+                return forward
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
             copy.join(used_ms, priority, is_prefetch)
             self.stats.joins += 1
@@ -111,6 +116,13 @@ class Engine:
             if holder is not None:
                 return self._forward(holder, Hop.LOAD_HERE)
         return self._place(model_id, copy, hop, exclude, now_ms)
+
+    def route_elsewhere(self, model_id: ModelId, now_ms: int) -> Forward | None:
+        """What `route` says of a client's request if that is a forward to a holder. None: ask `route`."""
+        copy = self.cache.copies.get(model_id)
+        if copy is not None and copy.state is _LOADED_HERE:
+            return None
+        return self._to_holder(model_id, _NOBODY, now_ms)
 
     def pin(self, copy: Copy) -> None:
         """A request uses the copy, or waits for it: it will not be evicted."""
@@ -213,6 +225,10 @@ class Engine:
             self.stats.loads += 1
             return LoadHere()
         return self._forward(target, Hop.LOAD_HERE)
+
+    def _to_holder(self, model_id: ModelId, exclude: Set[PodId], now_ms: int) -> Forward | None:
+        holder = self.peers.holder(model_id, _LOADED, exclude, now_ms)
+        return None if holder is None else self._forward(holder, _HIT_ONLY)
 
     def _forward(self, pod_id: PodId, hop: Hop) -> Forward:
         self.stats.forwards += 1

@@ -66,15 +66,16 @@ class Peers:
         if not copies:
             return None
         pods, suspects = self._view.pods, self._suspects
-        holders = [
-            pod_id
-            for pod_id, copy in copies.items()
-            if copy.status is status
-            and pod_id != self._pod_id
-            and pod_id in pods
-            and pod_id not in exclude
-            and not (suspects and self.is_suspect(pod_id, now_ms))
-        ]
+        holders: list[PodId] = []
+        for pod_id, copy in copies.items():  # in line: a comprehension is a call
+            if (
+                copy.status is status
+                and pod_id != self._pod_id
+                and pod_id in pods
+                and pod_id not in exclude
+                and not (suspects and self.is_suspect(pod_id, now_ms))
+            ):
+                holders.append(pod_id)
         if len(holders) > 1:
             holders = [pod_id for pod_id in holders if not pods[pod_id].draining] or holders
         return choose_holder(holders, self._in_flight, self._rng) if holders else None

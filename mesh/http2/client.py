@@ -17,12 +17,13 @@ from mesh.http2.frames import (
     HEADERS,
     MAX_STREAM_ID,
     MESSAGE_HEAD,
+    PREFIX,
     ErrorCode,
 )
 from mesh.http2.grpc import Pair, ResponseHead, response_head
 from mesh.http2.hpack import Decoder
 from mesh.http2.limits import Limits
-from mesh.http2.streams import ERRORS, TRANSITIONS, Fault, Move, State, Stream
+from mesh.http2.streams import CLOSED, ERRORS, LOCAL, OPEN, TRANSITIONS, Fault, Move, Stream
 
 CANCELLED: Final = 1
 UNKNOWN: Final = 2
@@ -32,6 +33,7 @@ RESOURCE_EXHAUSTED: Final = 8
 INTERNAL: Final = 13
 UNAVAILABLE: Final = 14
 
+_LAST: Final = END_HEADERS | END_STREAM
 _BY_RESET: Final = {
     ErrorCode.REFUSED_STREAM: UNAVAILABLE,
     ErrorCode.CANCEL: CANCELLED,
@@ -116,7 +118,7 @@ class ClientConnection(Connection):
         ):
             self._window -= size
             stream.credit -= size
-            stream.state = State.LOCAL
+            stream.state = LOCAL
             self.out.append(
                 b"".join(
                     (
@@ -147,8 +149,60 @@ class ClientConnection(Connection):
     def _role_settings(self) -> dict[int, int]:
         return {frames.ENABLE_PUSH: 0}
 
+    def _whole(self, data: bytes, start: int, stop: int, end: int, stream_id: int) -> int:
+        stream = self.streams.get(stream_id)
+        if (
+            stream is None
+            or stream.started
+            or stream.state is not LOCAL
+            or end - stop < PREFIX
+            or self._recv_left < self._whole_left
+        ):
+            return 0
+        high, low, kind, flags, same_id, compressed, size = MESSAGE_HEAD.unpack_from(data, stop)
+        at: int = stop + PREFIX + size
+        if (
+            same_id != stream_id
+            or flags
+            or kind != DATA
+            or compressed
+            or high << 8 | low != size + 5
+            or size + 5 > self._whole_bytes
+            or end - at < 9
+        ):
+            return 0
+        high, low, kind, flags, same_id = HEAD.unpack_from(data, at)
+        at += 9
+        after: int = at + (high << 8 | low)
+        if same_id != stream_id or flags != _LAST or kind != HEADERS or after > end or after - at > FRAME_BYTES:
+            return 0
+        head: ResponseHead = self.decoder.decode(data[start:stop])
+        if head.fault is not None or head.http_status != "200":
+            self._head(head, stream_id, ended=False)
+            return stop
+        trailers: ResponseHead = self.decoder.decode(data[at:after])
+        exchange: Exchange = stream.owner
+        exchange.headers = head.metadata
+        exchange.message = data[stop + PREFIX : at - 9]
+        self._recv_left -= size + 5
+        if trailers.fault is not None or trailers.status != 0:
+            stream.started, stream.head = True, head
+            self._head(trailers, stream_id, ended=True)
+            return after
+        exchange.trailers = trailers.metadata
+        stream.state = CLOSED
+        del self.streams[stream_id]  # there is nothing of it anywhere else
+        stream.owner = None  # which may know the stream: not a cycle, or the collector has work with each
+        self.budget.earn(4)
+        self._freed()
+        exchange.end(0, "")
+        return after
+
     def _headers(self, block: bytes, stream_id: int, *, ended: bool) -> None:
-        head: ResponseHead = self.decoder.decode(block)
+        self._head(self.decoder.decode(block), stream_id, ended=ended)
+
+    def _head(self, head: ResponseHead, stream_id: int, *, ended: bool) -> None:
+        """The headers or the trailers of a response."""
         stream = self.streams.get(stream_id)
         if stream is None:
             self._absent(stream_id, Move.RECV_HEADERS)
@@ -197,16 +251,16 @@ class ClientConnection(Connection):
 
     def _close(self, stream: Stream) -> None:
         """The peer has ended its direction; so do we."""
-        if stream.state is State.OPEN:  # the rest of the request is not wanted
+        if stream.state is OPEN:  # the rest of the request is not wanted
             self.reset(stream, ErrorCode.CANCEL)
         elif stream.id in self.streams:
-            stream.state = State.CLOSED
+            stream.state = CLOSED
             self._forget(stream)
         self.budget.earn(4)
         self._freed()
 
     def _refused(self, stream: Stream, code: int, text: str) -> None:
-        if stream.state is State.CLOSED:
+        if stream.state is CLOSED:
             self._forget(stream)
         else:
             self.reset(stream, ErrorCode.CANCEL)
@@ -240,6 +294,6 @@ class ClientConnection(Connection):
         """§6.8: streams above `last_id` were not and will not be processed."""
         self.draining = True
         for stream in [stream for stream in self.streams.values() if stream.id > last_id]:
-            stream.state = State.CLOSED
+            stream.state = CLOSED
             self._forget(stream)
             self._aborted(stream, ErrorCode.REFUSED_STREAM, unprocessed=True)

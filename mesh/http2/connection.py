@@ -42,6 +42,10 @@ class Connection(Control):
     def __init__(self, limits: Limits, clock: Callable[[], float], decoder: Decoder[Any]) -> None:
         super().__init__(limits, clock, decoder)
         self._recv_left = limits.connection_window
+        self._whole_bytes = min(FRAME_BYTES, limits.stream_window, limits.connection_window >> 1)
+        """Of a DATA frame that `_whole` takes,"""
+        self._whole_left = (limits.connection_window >> 1) + self._whole_bytes
+        """while so much of the window is left that it need not be looked after."""
 
     def receive(self, data: bytes) -> None:
         """Take bytes from the transport; answers are in `out`."""
@@ -77,7 +81,11 @@ class Connection(Control):
             if kind == DATA:
                 self._on_data(data, start, stop, flags, stream_id)
             elif kind == HEADERS:
-                self._on_headers(data, start, stop, flags, stream_id)
+                after = self._whole(data, start, stop, end, stream_id) if flags == END_HEADERS else 0
+                if after:
+                    at = after
+                else:
+                    self._on_headers(data, start, stop, flags, stream_id)
             elif not self.settled and kind != SETTINGS:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the first frame is not SETTINGS")  # §3.4
             elif kind < len(others):
@@ -237,6 +245,11 @@ class Connection(Control):
     def _begin(self, data: bytes) -> int:
         """Where frames begin in the data: after the preface, if the role expects one; -1: there must be more first."""
         return 0
+
+    def _whole(self, data: bytes, start: int, stop: int, end: int, stream_id: int) -> int:
+        """HEADERS came, whose block is `data[start:stop]`. If all the peer has to say on the stream comes right behind
+        them, as it usually does, take it in one go: where the next frame begins; 0: take the frames one by one."""
+        raise NotImplementedError
 
     def _headers(self, block: bytes, stream_id: int, *, ended: bool) -> None:
         """A complete header block."""

@@ -44,6 +44,8 @@ HEAD: Final = struct.Struct(">HBBBL")
 """The 9 bytes of §4.1: length (16 high bits, 8 low bits), kind, flags, stream."""
 MESSAGE_HEAD: Final = struct.Struct(">HBBBLBL")
 """A DATA frame's head and in it the prefix of a gRPC message: compressed flag and length."""
+PREFIX: Final = 14
+"""Its bytes."""
 _SETTING: Final = struct.Struct(">HL")
 _WORD: Final = struct.Struct(">L")
 _TWO_WORDS: Final = struct.Struct(">LL")

@@ -20,6 +20,7 @@ from mesh.http2.frames import (
     MESSAGE_HEAD,
     PING,
     PREFACE,
+    PREFIX,
     ConnectionFault,
     ErrorCode,
 )
@@ -27,7 +28,7 @@ from mesh.http2.grpc import Malformed, RequestHead, request_head
 from mesh.http2.hpack import Decoder, Field
 from mesh.http2.hpack_encoder import literal
 from mesh.http2.limits import Limits
-from mesh.http2.streams import ERRORS, TRANSITIONS, Fault, Move, State, Stream
+from mesh.http2.streams import CLOSED, ERRORS, LOCAL, REMOTE, TRANSITIONS, Fault, Move, Stream
 
 RESPONSE: Final[tuple[Field, ...]] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 ACCEPTED: Final[Field] = (b"grpc-accept-encoding", b"identity,deflate,gzip")
@@ -81,11 +82,11 @@ class ServerConnection(Connection):
             and size <= self._window
             and size <= self._initial + stream.credit
             and self.writable
-            and stream.state is State.REMOTE
+            and stream.state is REMOTE
         ):
             stream_id = stream.id
             self._window -= size
-            stream.state = State.CLOSED
+            stream.state = CLOSED
             del self.streams[stream_id]
             id_bytes = _ID.pack(stream_id)
             self.out.append(
@@ -140,7 +141,7 @@ class ServerConnection(Connection):
 
     def _ended(self, stream: Stream) -> None:
         super()._ended(stream)
-        if stream.state is State.LOCAL:
+        if stream.state is LOCAL:
             self.reset(stream, ErrorCode.NO_ERROR)  # §8.1: the rest of the request is not wanted
 
     def drain(self) -> None:
@@ -165,17 +166,55 @@ class ServerConnection(Connection):
         self._greeted = True
         return len(PREFACE)
 
+    def _whole(self, data: bytes, start: int, stop: int, end: int, stream_id: int) -> int:
+        if end - stop < PREFIX or self._recv_left < self._whole_left:
+            return 0
+        high, low, kind, flags, same_id, compressed, size = MESSAGE_HEAD.unpack_from(data, stop)
+        after: int = stop + PREFIX + size
+        if (
+            same_id != stream_id
+            or flags != END_STREAM
+            or kind != DATA
+            or compressed
+            or high << 8 | low != size + 5
+            or size + 5 > self._whole_bytes
+            or size > self.limits.max_message_bytes
+            or after > end
+            or stream_id <= self.last_id
+            or stream_id > self._accepted_id
+            or not stream_id & 1
+            or not self.settled
+            or len(self.streams) >= self.limits.max_streams
+        ):
+            return 0
+        head: RequestHead = self.decoder.decode(data[start:stop])
+        if head.fault is not None or head.content_length >= 0:
+            self._open(head, stream_id, ended=False)
+            return stop
+        self.last_id = stream_id
+        stream = self.streams[stream_id] = Stream(stream_id, head, self.limits.stream_window, self.received_at)
+        stream.state = REMOTE
+        self._recv_left -= size + 5
+        self._calls.begin(stream, head)
+        if stream_id in self.streams:
+            self._calls.message(stream, data[after - size : after], compressed=False, ended=True)
+        return after
+
     def _headers(self, block: bytes, stream_id: int, *, ended: bool) -> None:
         head: RequestHead = self.decoder.decode(block)  # always, for the sake of the dynamic table
         if stream_id <= self.last_id:
             self._trailers(head, stream_id, ended=ended)
-            return
+        else:
+            self._open(head, stream_id, ended=ended)
+
+    def _open(self, head: RequestHead, stream_id: int, *, ended: bool) -> None:
+        """The headers of a new request."""
         if not stream_id & 1:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a client opened an even stream")  # §5.1.1
         self.last_id = stream_id
         stream = Stream(stream_id, head, self.limits.stream_window, self.received_at)
         if ended:
-            stream.state = State.REMOTE
+            stream.state = REMOTE
         if stream_id > self._accepted_id or len(self.streams) >= self.limits.max_streams:
             self._spend("refused streams")
             self.streams[stream_id] = stream
@@ -219,7 +258,7 @@ class ServerConnection(Connection):
         elif not ended:
             self._broken(stream, ErrorCode.PROTOCOL_ERROR)  # §8.1: trailers end the stream
         else:
-            stream.state = State.REMOTE
+            stream.state = REMOTE
             self._assemble(stream, b"", 0, 0, ended=True)
 
     def _message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
