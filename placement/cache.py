@@ -1,4 +1,4 @@
-"""One pod's copies and its bytes, exact to the byte.
+"""One pod's copies and the bytes of its device, exact to the byte (`placement.books`).
 
 Every byte of capacity is in one of five books:
 
@@ -8,7 +8,7 @@ Every byte of capacity is in one of five books:
     promised    WAITING copies: not taken yet, but spoken for
     free        the rest
 
-Two invariants hold after every change (`check` asserts them):
+Two invariants hold after every change:
 
     loaded + loading + unloading <= capacity    what is in memory
     loaded + loading + promised  <= capacity    what will be once unloads have finished
@@ -16,15 +16,17 @@ Two invariants hold after every change (`check` asserts them):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from placement.lifecycle import CopyState, Move, next_state
+from placement.books import Books, Life
+from placement.holdings import Holding
+from placement.lifecycle import TRANSITIONS, CopyState, Move
 from placement.link import RANK
 from placement.policies.base import EvictionPolicy, Worth
-from placement.records import ModelId, ModelRecord, Priority, TenantId
+from placement.records import ModelRecord, Priority, TenantId
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +57,12 @@ class Copy:
     """While SIZING: what the books must be corrected to."""
     pins: int = 0
     """Requests that use it or wait for it; a pinned copy is never evicted."""
+    guarded_until_ms: int = 0
+    """Others are evicted before it until then, so that what was just loaded for requests is not given up at once."""
+    source: Holding | None = None
+    """From its promise to the end of its load: what the load reads, if not the store. Pinned."""
+    fills: list[Holding] = field(default_factory=list)
+    """What its load, or its unload, leaves in lower tiers when it has ended."""
     doomed: bool = False
     """Nobody wants it any more, but the loader is at work on it: it goes as soon as that has ended."""
     unload_started: bool = False
@@ -98,15 +106,12 @@ class Copy:
         return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms)
 
 
-class Cache:
+class Cache(Books[CopyState, Move, Copy]):
     """The copies of one pod by model, the books, and the eviction order."""
 
     def __init__(self, capacity_bytes: int, policy: EvictionPolicy) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.policy = policy
-        self.copies: dict[ModelId, Copy] = {}
-        self._bytes = dict.fromkeys(CopyState, 0)
-        self._in_state: dict[CopyState, dict[ModelId, Copy]] = {state: {} for state in CopyState}
+        super().__init__(capacity_bytes, policy, _LIFE)
+        self.copies: Final = self.entries
         self.queue_ms = 0
         """What the loads queued and under way take together, as estimated; those under way count whole."""
         self.tenant_bytes: dict[TenantId, int] = {}
@@ -115,43 +120,11 @@ class Cache:
         """Copies WAITING or LOADING, by tenant; who has none is left out."""
 
     def __repr__(self) -> str:
-        b = self._bytes
         return (
-            f"loaded={b[CopyState.LOADED]} loading={b[CopyState.LOADING] + b[CopyState.SIZING]} "
-            f"unloading={b[CopyState.UNLOADING]} promised={b[CopyState.WAITING]} of {self.capacity_bytes}"
+            f"loaded={self.bytes_in(CopyState.LOADED)} loading={self.bytes_in(CopyState.LOADING, CopyState.SIZING)} "
+            f"unloading={self.bytes_in(CopyState.UNLOADING)} promised={self.bytes_in(CopyState.WAITING)} "
+            f"of {self.capacity_bytes}"
         )
-
-    def count(self, *states: CopyState) -> int:
-        return sum(len(self._in_state[state]) for state in states)
-
-    def in_state(self, state: CopyState) -> Collection[Copy]:
-        """Live: in order of their coming into the state."""
-        return self._in_state[state].values()
-
-    def bytes_in(self, *states: CopyState) -> int:
-        return sum(self._bytes[state] for state in states)
-
-    @property
-    def committed_bytes(self) -> int:
-        """Loaded, loading or promised: what is spoken for once unloads have finished."""
-        return self.bytes_in(*_COMMITTED)
-
-    @property
-    def resident_bytes(self) -> int:
-        """What is in memory by the books."""
-        return self.bytes_in(CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.UNLOADING)
-
-    @property
-    def free_bytes(self) -> int:
-        """What a load may take right now."""
-        return self.capacity_bytes - self.resident_bytes
-
-    def add(self, copy: Copy) -> None:
-        """Take up a QUEUED copy, which holds no bytes yet."""
-        assert copy.model.model_id not in self.copies, copy
-        self.copies[copy.model.model_id] = copy
-        self._in_state[copy.state][copy.model.model_id] = copy
-        self.queue_ms += copy.load_ms
 
     def estimate(self, copy: Copy, size_bytes: int, load_ms: int) -> None:
         """What a QUEUED copy will take, as far as is known."""
@@ -159,64 +132,42 @@ class Cache:
         self.queue_ms += load_ms - copy.load_ms
         copy.size_bytes, copy.load_ms = size_bytes, load_ms
 
-    def move(self, copy: Copy, move: Move, now_ms: int) -> None:
-        """The only way a copy's state changes: the table, the books and the eviction order stay in step.
+    def evictable(self, now_ms: int) -> Generator[Copy, None, None]:
+        """The LOADED copies that nobody uses, first to go first; those that are still guarded after all others."""
+        guarded: list[Copy] = []
+        with closing(super().evictable(now_ms)) as evictable:
+            for copy in evictable:
+                if copy.guarded_until_ms > now_ms:
+                    guarded.append(copy)
+                else:
+                    yield copy
+            yield from guarded
 
-        Raises:
-            IllegalMove: nothing has changed.
-        """
-        before, after = copy.state, next_state(copy.state, move)
-        model_id = copy.model.model_id
-        del self._in_state[before][model_id]
-        if before in _HOLDING:
-            self._bytes[before] -= copy.size_bytes
-            self._attribute(copy, before, -1)
-        if before in _UNLOADED and after not in _UNLOADED:
-            self.queue_ms -= copy.load_ms
-        copy.state, copy.since_ms = after, now_ms
-        if move is Move.SETTLE:
+    def _enter(self, copy: Copy) -> None:
+        if copy.state is CopyState.LOADED:
             copy.size_bytes = copy.measured_bytes
-        if after is CopyState.LOADED:
-            self.policy.insert(model_id, copy.worth, copy.used_ms, copy.uses)
-        elif before is CopyState.LOADED:
-            self.policy.remove(model_id)
-        if after is CopyState.GONE:
-            del self.copies[model_id]
-            return
-        self._in_state[after][model_id] = copy
-        if after in _HOLDING:
-            self._bytes[after] += copy.size_bytes
-            self._attribute(copy, after, 1)
+        super()._enter(copy)
+        self._attribute(copy, 1)
 
-    def _attribute(self, copy: Copy, state: CopyState, sign: int) -> None:
-        """Count what a copy holds in a state for its tenant, or no longer."""
+    def _leave(self, copy: Copy) -> None:
+        super()._leave(copy)
+        self._attribute(copy, -1)
+
+    def _attribute(self, copy: Copy, sign: int) -> None:
+        """Count what a copy holds in its state, or no longer."""
+        if copy.state in _UNLOADED:
+            self.queue_ms += sign * copy.load_ms
         for book, amount, states in (
-            (self.tenant_bytes, copy.size_bytes, _COMMITTED),
+            (self.tenant_bytes, copy.size_bytes, _LIFE.committed),
             (self.tenant_loads, 1, _UNDER_WAY),
         ):
-            if state in states:
+            if copy.state in states:
                 left = book.pop(copy.tenant, 0) + sign * amount
                 if left:
                     book[copy.tenant] = left
 
-    def evictable(self, now_ms: int) -> Generator[Copy, None, None]:
-        """The LOADED copies that nobody uses, first to go first. Whoever walks closes it."""
-        with closing(self.policy.coldest(now_ms)) as coldest:
-            for model_id in coldest:
-                copy = self.copies[model_id]
-                if not copy.pins:
-                    yield copy
-
     def check(self) -> None:
-        """Assert the invariants and that the books equal the sum of the copies (tests and the simulator call it)."""
-        for state in CopyState:
-            copies = {model_id: copy for model_id, copy in self.copies.items() if copy.state is state}
-            assert self._in_state[state] == copies, state
-            held = sum(copy.size_bytes for copy in copies.values()) if state in _HOLDING else 0
-            assert self._bytes[state] == held, (state, self._bytes[state], held)
-        assert sorted(self.policy.coldest(0)) == sorted(self._in_state[CopyState.LOADED])
-        assert self.resident_bytes <= self.capacity_bytes, self
-        assert self.committed_bytes <= self.capacity_bytes, self
+        super().check()
         for book, total in (
             (self.tenant_bytes, self.committed_bytes),
             (self.tenant_loads, self.count(*_UNDER_WAY)),
@@ -224,12 +175,14 @@ class Cache:
             assert sum(book.values()) == total, (book, total)
             assert all(amount > 0 for amount in book.values()), book
         assert self.queue_ms == sum(copy.load_ms for copy in self.copies.values() if copy.state in _UNLOADED)
-        assert all(copy.pins >= 0 for copy in self.copies.values())
 
 
-_COMMITTED: Final = (CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.WAITING)
-_UNDER_WAY: Final = (CopyState.WAITING, CopyState.LOADING)
-_UNLOADED: Final = (CopyState.QUEUED, *_UNDER_WAY)
-_HOLDING: Final = frozenset(
-    {CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING}
+_UNDER_WAY: Final = frozenset({CopyState.WAITING, CopyState.LOADING})
+_UNLOADED: Final = _UNDER_WAY | {CopyState.QUEUED}
+_LIFE: Final = Life(
+    TRANSITIONS,
+    resident=frozenset({CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.UNLOADING}),
+    committed=frozenset({CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.WAITING}),
+    settled=CopyState.LOADED,
+    gone=CopyState.GONE,
 )

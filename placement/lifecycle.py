@@ -21,8 +21,9 @@ GONE       nothing is left of it; when the model is wanted again, that is anothe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
-from typing import Final
+from typing import Final, TypeVar
 
 
 class CopyState(Enum):
@@ -70,12 +71,25 @@ IN_FLIGHT: Final = frozenset({_S.QUEUED, _S.WAITING, _S.LOADING, _S.SIZING})
 
 
 def next_state(state: CopyState, move: Move) -> CopyState:
-    """Where a move leads.
+    """Where a copy's move leads.
+
+    Raises:
+        IllegalMove: the table does not have it; nothing has changed.
+    """
+    return follow(TRANSITIONS, state, move)
+
+
+S = TypeVar("S", bound=Enum)
+M = TypeVar("M", bound=Enum)
+
+
+def follow(table: Mapping[S, Mapping[M, S]], state: S, move: M) -> S:
+    """Where a move leads in a table of states.
 
     Raises:
         IllegalMove: the table does not have it; nothing has changed.
     """
     try:
-        return TRANSITIONS[state][move]
+        return table[state][move]
     except KeyError:
         raise IllegalMove(f"no move {move.value!r} from {state.value!r}") from None
