@@ -151,7 +151,7 @@ def measure(models: int, pods: int, policy: str) -> Figures:
     fill(view, copies(models, pods, held))
     gc.freeze()
     gc.disable()
-    engine = Engine("pod-0", "pod-0:8033", Limits(held * SIZE_BYTES), view, POLICIES[policy](), Random(1))
+    engine = Engine("pod-0", "pod-0:8033", Limits(held * SIZE_BYTES), view, POLICIES[policy], Random(1))
     live(engine, range(held))
     rng = Random(2)
     here = [model_id(rng.randrange(held)) for _ in range(ROUTES)]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, TypeVar, assert_never
 
 from loaders import loader_for
 from loaders.artifacts import resolve
@@ -29,6 +29,8 @@ from placement.messages import (
     Action,
     CopyUnwanted,
     CopyWanted,
+    Demote,
+    DropHeld,
     EnsureLoaded,
     EstimateSize,
     Event,
@@ -215,10 +217,12 @@ class Driver:
             match action:
                 case EstimateSize(model):
                     self._tasks.create_task(self._estimate(model))
-                case StartLoad(model):
+                case StartLoad(model, source=None) if not action.keep:
                     self._tasks.create_task(self._load(model))
-                case StartUnload(model_id):
+                case StartUnload(model_id, keep=None):
                     self._tasks.create_task(self._unload(model_id))
+                case StartLoad() | StartUnload() | Demote() | DropHeld():
+                    raise AssertionError(f"this pod was given no tiers below the device: {action}")
                 case Publish(copy):
                     self._publisher.put(copy_key(pod_id, copy.model_id), encode(copy))
                 case Unpublish(model_id):
@@ -236,6 +240,8 @@ class Driver:
                 case LoadOn():
                     assert self._load_on is not None
                     self._lead(action, self._load_on, action)
+                case _:
+                    assert_never(action)
 
     def _lead(self, action: Action, work: Callable[[T], Awaitable[None]], argument: T) -> None:
         """The same action is planned at every tick until it shows; carry it out once at a time."""

@@ -284,7 +284,8 @@ def used_ms(asked_ms: int, default_age_ms: int) -> int:
 
 
 def status_info(copies: Collection[CopyRecord]) -> pb.ModelStatusInfo:
-    """A registered model's status from its copies, newest first."""
+    """A registered model's status from its copies, newest first. What lower tiers hold is no copy to a client."""
+    copies = [copy for copy in copies if copy.status is not CopyStatus.HELD]
     status, errors = overall(copies)
     info = pb.ModelStatusInfo(status=_COPY_STATUS[status], errors=errors)
     for copy in sorted(copies, key=lambda copy: -copy.since_ms):

@@ -95,9 +95,15 @@ class Metrics(Collector):
         """Read the engine; called in a thread of prometheus_client, so every read is of one number."""
         engine, cache = self._engine, self._engine.cache
         for f in fields(engine.stats):
-            yield CounterMetricFamily(
-                f"densemesh_{f.name}", f"placement.stats.Stats.{f.name}", value=getattr(engine.stats, f.name)
-            )
+            value = getattr(engine.stats, f.name)
+            if isinstance(value, int):
+                yield CounterMetricFamily(f"densemesh_{f.name}", f"placement.stats.Stats.{f.name}", value=value)
+        moved = CounterMetricFamily(
+            "densemesh_moved_bytes", "Bytes of models moved between tiers.", labels=("source", "target")
+        )
+        for (source, target), size_bytes in list(engine.stats.moved_bytes.items()):
+            moved.add_metric((source or "store", target), size_bytes)
+        yield moved
         capacity = GaugeMetricFamily("densemesh_capacity_bytes", "Memory that loaded models may hold.")
         capacity.add_metric((), engine.limits.capacity_bytes)
         yield capacity

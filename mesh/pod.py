@@ -168,7 +168,7 @@ class Pod:
         config = self.config
         pod_id = config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
         limits = Limits(config.capacity_bytes, labels=config.labels, load_slots=config.load_slots)
-        engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy](), Random(pod_id))
+        engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(pod_id))
         self.engine = engine
         publisher = Publisher(registry, config.lease_ttl_s)
         driver = Driver(engine, publisher, tasks, allowed_code=config.allowed_code, run_threads=config.run_threads)

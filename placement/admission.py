@@ -8,7 +8,7 @@ from contextlib import closing
 from itertools import islice
 
 from placement.cache import Cache, Copy
-from placement.lifecycle import CopyState, Move
+from placement.lifecycle import CopyState
 from placement.limits import Limits
 from placement.link import age_key, is_oldest_turn, turn_key
 from placement.messages import Action
@@ -36,14 +36,15 @@ class Admission:
         """Let every copy go as far as bytes and slots allow: SIZING first, then WAITING, then the queue."""
         self.starved = False
         cache = self._cache
+        for copy in list(cache.in_state(CopyState.UNLOADING)):
+            self._moves.start_unload(copy, now_ms, actions)
         # Those that turned out smaller first: the others may need what they give back.
         for copy in sorted(cache.in_state(CopyState.SIZING), key=_excess_bytes):
             self._settle(copy, now_ms, actions)
         if cache.count(CopyState.SIZING):
             return  # more is in memory than the books say: start and promise nothing until they agree
         for copy in list(cache.in_state(CopyState.WAITING)):
-            if copy.size_bytes <= cache.free_bytes:
-                self._moves.load(copy, now_ms, actions)
+            self._moves.start_load(copy, now_ms, actions)
         slots = self._limits.load_slots - cache.count(CopyState.WAITING, CopyState.LOADING)
         if slots > 0:
             self._promise(slots, now_ms, actions)
@@ -51,20 +52,18 @@ class Admission:
     def _promise(self, slots: int, now_ms: int, actions: list[Action]) -> None:
         """Take copies from the queue. One for which pins and loads leave no room is overtaken by smaller ones, so that
         it does not hold up the pod."""
-        no_room_for: dict[TenantId, int] = {}
+        no_room_for: dict[object, int] = {}
         for copy in self._in_turn():
-            tenant = copy.tenant
+            alike = copy.tenant, copy.priority, copy.is_prefetch
             if copy.is_prefetch and no_room_for:
                 return  # what it would take is waited for
-            least = no_room_for.get(tenant, copy.size_bytes + 1)
-            if copy.size_bytes >= least or not self._make_room(tenant, copy.size_bytes, now_ms, actions):
-                no_room_for[tenant] = min(least, copy.size_bytes)
+            least = no_room_for.get(alike, copy.size_bytes + 1)
+            if copy.size_bytes >= least or not self._make_room(copy, copy.size_bytes, now_ms, actions):
+                no_room_for[alike] = min(least, copy.size_bytes)
                 self._reject(copy, now_ms, actions)
                 continue
-            self._cache.move(copy, Move.PROMISE, now_ms)
-            self._tenants.started(tenant, copy.size_bytes)
-            if copy.size_bytes <= self._cache.free_bytes:
-                self._moves.load(copy, now_ms, actions)
+            self._moves.promise(copy, now_ms, actions)
+            self._tenants.started(copy.tenant, copy.size_bytes)
             self._turn += 1
             slots -= 1
             if slots == 0:
@@ -126,7 +125,7 @@ class Admission:
         if copy.measured_bytes > self._limits.capacity_bytes:
             copy.error, copy.retryable = self._moves.too_large(copy.measured_bytes), False
             self._moves.evict(copy, now_ms, actions)
-        elif self._make_room(copy.tenant, excess, now_ms, actions):
+        elif self._make_room(copy, excess, now_ms, actions):
             if excess <= self._cache.free_bytes:
                 self._moves.settle(copy, now_ms, actions)
         elif now_ms - copy.since_ms >= self._limits.room_patience_ms:
@@ -137,15 +136,16 @@ class Admission:
             copy.retryable = copy.no_room = True
             self._moves.evict(copy, now_ms, actions)
 
-    def _make_room(self, tenant: TenantId, more_bytes: int, now_ms: int, actions: list[Action]) -> bool:
-        """Evict until `more_bytes` can be promised to a tenant; False: pins, loads and other tenants' guarantees hold
-        too much."""
+    def _make_room(self, copy: Copy, more_bytes: int, now_ms: int, actions: list[Action]) -> bool:
+        """Evict until `more_bytes` can be promised to a copy; False: pins, loads and other tenants' guarantees hold too
+        much."""
+        tenant = copy.tenant
         used_bytes = self._cache.tenant_bytes
         need_bytes = more_bytes - (self._limits.capacity_bytes - self._cache.committed_bytes)
         own_bytes = self._tenants.above_limit_bytes(tenant, used_bytes.get(tenant, 0), max(0, more_bytes))
         if need_bytes <= 0 and own_bytes <= 0:
             return True
-        with closing(self._cache.evictable(now_ms)) as evictable:
+        with closing(self._cache.evictable_for(copy, now_ms)) as evictable:
             shares = self._tenants.shares(used_bytes, tenant)
             victims = choose(evictable, need_bytes, own_bytes, tenant, used_bytes, shares)
         if victims is None:

@@ -58,9 +58,9 @@ class Copy:
     pins: int = 0
     """Requests that use it or wait for it; a pinned copy is never evicted."""
     guarded_until_ms: int = 0
-    """Others are evicted before it until then, so that what was just loaded for requests is not given up at once."""
+    """What was just loaded does not go for a lesser one until then. (Who waited for it has pinned it anyway.)"""
     source: Holding | None = None
-    """From its promise to the end of its load: what the load reads, if not the store. Pinned."""
+    """Until the end of its load: what that reads, if not the store. Pinned."""
     fills: list[Holding] = field(default_factory=list)
     """What its load, or its unload, leaves in lower tiers when it has ended."""
     doomed: bool = False
@@ -101,6 +101,10 @@ class Copy:
         """To a request's own; None: it has none, so the model's counts."""
         self.priority = min(self.priority, priority or self.model.priority, key=RANK.__getitem__)
 
+    def is_lesser(self, other: Copy) -> bool:
+        """Whether it has less claim to be loaded than another: nobody waits for it, or who does is of a lower class."""
+        return self.is_prefetch or RANK[self.priority] > RANK[other.priority]
+
     @property
     def worth(self) -> Worth:
         return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms)
@@ -132,16 +136,12 @@ class Cache(Books[CopyState, Move, Copy]):
         self.queue_ms += load_ms - copy.load_ms
         copy.size_bytes, copy.load_ms = size_bytes, load_ms
 
-    def evictable(self, now_ms: int) -> Generator[Copy, None, None]:
-        """The LOADED copies that nobody uses, first to go first; those that are still guarded after all others."""
-        guarded: list[Copy] = []
-        with closing(super().evictable(now_ms)) as evictable:
+    def evictable_for(self, asking: Copy, now_ms: int) -> Generator[Copy, None, None]:
+        """Those that may go for another copy, first to go first. Whoever walks closes it."""
+        with closing(self.evictable(now_ms)) as evictable:
             for copy in evictable:
-                if copy.guarded_until_ms > now_ms:
-                    guarded.append(copy)
-                else:
+                if copy.guarded_until_ms <= now_ms or not asking.is_lesser(copy):
                     yield copy
-            yield from guarded
 
     def _enter(self, copy: Copy) -> None:
         if copy.state is CopyState.LOADED:

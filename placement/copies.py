@@ -5,48 +5,64 @@ The engine owns one `LocalCopies`; nothing else moves a copy. Every method appen
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from math import ceil
 
 from placement.admission import Admission
 from placement.cache import Cache, Copy
 from placement.costs import LoadCosts
+from placement.holdings import Holdings
 from placement.lifecycle import CopyState, IllegalMove, Move
 from placement.limits import Limits
-from placement.messages import Action, CopyWanted, EstimateSize, Unpublish, Wake
+from placement.messages import Action, CopyWanted, Demoted, EstimateSize, HeldDropped, Wake
 from placement.moves import Moves
 from placement.policies.base import EvictionPolicy
-from placement.records import CopyRecord, ModelId, PodId
+from placement.published import Published
+from placement.records import CopyRecord, ModelId, PodId, Tier
 from placement.stats import Stats
 from placement.tenants import Tenants
+from placement.tiers import LowerTiers
 from placement.view import ClusterView
 
 
 class LocalCopies:
     """The copies of one pod, from wanted to gone."""
 
-    def __init__(self, pod_id: PodId, limits: Limits, view: ClusterView, policy: EvictionPolicy, stats: Stats) -> None:
+    def __init__(
+        self,
+        pod_id: PodId,
+        limits: Limits,
+        view: ClusterView,
+        policy: Callable[[], EvictionPolicy],
+        stats: Stats,
+    ) -> None:
         self.limits = limits
-        self.cache = Cache(limits.capacity_bytes, policy)
+        self.cache = Cache(limits.capacity_bytes, policy())
         self.costs = LoadCosts()
-        self._moves = Moves(pod_id, limits, self.cache, self.costs, stats)
+        sizes = {Tier.HOST: limits.host_bytes, Tier.DISK: limits.disk_bytes}
+        self.lower = {tier: Holdings(size_bytes, policy()) for tier, size_bytes in sizes.items() if size_bytes}
+        """What there is below the device, nearest first."""
+        self._published = Published(pod_id, self.cache, self.lower)
+        self._tiers = LowerTiers(self.lower, limits.host_mode, self.cache, view, self.costs, self._published, stats)
+        self._moves = Moves(limits, self.cache, self._tiers, self._published, stats)
         self.tenants = Tenants(pod_id, limits.capacity_bytes, view)
         self._admission = Admission(limits, self.cache, self._moves, self.tenants, stats)
         self._view = view
         self._stats = stats
 
     def __repr__(self) -> str:
-        return f"{self.cache!r} queued={self.cache.count(CopyState.QUEUED)}"
+        lower = "".join(f" {tier}: {holdings!r}" for tier, holdings in self.lower.items())
+        return f"{self.cache!r} queued={self.cache.count(CopyState.QUEUED)}{lower}"
 
     def unpin(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         assert copy.pins > 0, copy
         copy.pins -= 1
         if copy.pins == 0 and (self._admission.starved or copy.state is CopyState.UNLOADING):
-            self._moves.start_unload(copy, actions)
             self.advance(now_ms, actions)
 
     def published(self, model_id: ModelId) -> CopyRecord | None:
         """A model's copy as the registry should tell it; None: it should not."""
-        return self._moves.published(model_id)
+        return self._published.record(model_id)
 
     def wanted(self, event: CopyWanted, now_ms: int, actions: list[Action]) -> None:
         """A copy that is on its way out has to be gone first: who wants the model hears of that and asks again."""
@@ -55,13 +71,19 @@ class LocalCopies:
         if copy is None:
             model = self._view.models[event.model_id]
             copy = Copy(model, since_ms=now_ms, used_ms=used_ms, priority=event.priority or model.priority)
-            copy.load_ms = self._load_ms(copy, self._view.size_bytes(event.model_id))
             copy.is_prefetch = event.is_prefetch
+            self._tiers.touch(event.model_id, used_ms)
+            self._tiers.choose_source(copy)
+            copy.load_ms = self._load_ms(copy, self._view.size_bytes(event.model_id))
             self.cache.add(copy)
-            self._moves.publish(copy, actions)
-            actions.append(EstimateSize(copy.model))
+            self._published.tell(event.model_id, actions)
+            if copy.source is None:
+                actions.append(EstimateSize(copy.model))
+            else:
+                self.estimated(copy, copy.source.size_bytes, now_ms, actions)
         elif copy.state is CopyState.LOADED:
             self.cache.policy.touch(event.model_id, used_ms)
+            copy.used_ms = max(copy.used_ms, used_ms)
         else:
             copy.join(used_ms, event.priority, event.is_prefetch)
 
@@ -77,13 +99,15 @@ class LocalCopies:
         if copy.size_bytes > self.limits.capacity_bytes:
             self._moves.fail(copy, self._moves.too_large(copy.size_bytes), False, now_ms, actions)
 
-    def loaded(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
+    def loaded(self, copy: Copy, size_bytes: int, kept: Mapping[Tier, int], now_ms: int, actions: list[Action]) -> None:
         """The load has ended well; `advance` corrects the books."""
         took_ms = now_ms - copy.since_ms
         self.cache.move(copy, Move.FINISH, now_ms)
         self._stats.loads_finished += 1
-        self.costs.observe(copy.model.model_id, None, size_bytes, took_ms)
+        source = None if copy.source is None else copy.source.tier
+        self.costs.observe(copy.model.model_id, source, size_bytes, took_ms)
         copy.measured_bytes = size_bytes
+        self._tiers.load_ended(copy, kept, now_ms, actions)
         if copy.doomed:
             self._moves.evict(copy, now_ms, actions)
         else:
@@ -96,13 +120,26 @@ class LocalCopies:
         if copy.doomed:
             self._moves.drop(copy, now_ms, actions)
 
-    def unloaded(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
+    def unloaded(self, copy: Copy, kept: bool, now_ms: int, actions: list[Action]) -> None:
         if not copy.unload_started:
             raise IllegalMove(f"nobody asked for an unload: {copy!r}")
-        self._moves.unloaded(copy, now_ms, actions)
+        self._moves.unloaded(copy, kept, now_ms, actions)
 
-    def unwanted(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
-        """The model was removed, or somebody asked for this copy to be given up."""
+    def demoted(self, event: Demoted, now_ms: int, actions: list[Action]) -> None:
+        self._tiers.demoted(event.model_id, event.target, event.kept, now_ms, actions)
+
+    def held_dropped(self, event: HeldDropped, now_ms: int) -> None:
+        self._tiers.dropped(event.model_id, event.tier, now_ms)
+
+    def unwanted(self, model_id: ModelId, now_ms: int, actions: list[Action]) -> None:
+        """The model was removed, or somebody asked for its copy to be given up; in the latter case lower tiers keep
+        theirs."""
+        copy = self.cache.copies.get(model_id)
+        if copy is not None:
+            self._give_up(copy, now_ms, actions)
+        self._tiers.forget(model_id, now_ms, actions)
+
+    def _give_up(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         match copy.state:
             case CopyState.LOADED | CopyState.SIZING:
                 self._moves.evict(copy, now_ms, actions)
@@ -114,7 +151,8 @@ class LocalCopies:
                 self._moves.drop(copy, now_ms, actions)
             case _:  # the loader is at work and cannot be stopped: its answer will find the copy doomed
                 copy.doomed = True
-                actions += (Unpublish(copy.model.model_id), Wake(copy.model.model_id))
+                self._published.tell(copy.model.model_id, actions)
+                actions.append(Wake(copy.model.model_id))
 
     def tick(self, now_ms: int, actions: list[Action]) -> None:
         """Forget failures whose time has come; see that tenants keep to their limits."""
@@ -124,8 +162,10 @@ class LocalCopies:
             self._moves.drop(copy, now_ms, actions)
 
     def _load_ms(self, copy: Copy, size_bytes: int) -> int:
-        return ceil(self.costs.reload_ms(copy.model.model_id, None, size_bytes))
+        source = None if copy.source is None else copy.source.tier
+        return ceil(self.costs.reload_ms(copy.model.model_id, source, size_bytes))
 
     def advance(self, now_ms: int, actions: list[Action]) -> None:
         """Let every copy go as far as bytes and slots allow."""
+        self._tiers.advance(now_ms, actions)
         self._admission.advance(now_ms, actions)

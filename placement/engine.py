@@ -6,7 +6,7 @@ outcome as events, in production (`mesh.driver`) as in simulation. All methods a
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from random import Random
 from typing import Final
 
@@ -20,9 +20,11 @@ from placement.messages import (
     Action,
     CopyUnwanted,
     CopyWanted,
+    Demoted,
     DrainStarted,
     Event,
     Forward,
+    HeldDropped,
     Hop,
     Join,
     LoadFailed,
@@ -38,7 +40,7 @@ from placement.messages import (
 )
 from placement.peers import Peers
 from placement.policies.base import EvictionPolicy
-from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord, Priority
+from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord, Priority, Tier
 from placement.selection import Wanted
 from placement.stats import Stats
 from placement.view import ClusterView
@@ -55,7 +57,13 @@ class Engine:
     """Decides for one pod."""
 
     def __init__(
-        self, pod_id: PodId, address: str, limits: Limits, view: ClusterView, policy: EvictionPolicy, rng: Random
+        self,
+        pod_id: PodId,
+        address: str,
+        limits: Limits,
+        view: ClusterView,
+        policy: Callable[[], EvictionPolicy],
+        rng: Random,
     ) -> None:
         self.pod_id = pod_id
         self.address = address
@@ -101,6 +109,8 @@ class Engine:
             copy = None
         if copy is not None and copy.state is CopyState.LOADED:
             self.cache.policy.touch(model_id, used_ms)
+            if used_ms > copy.used_ms:
+                copy.used_ms = used_ms
             self.stats.hits += 1
             return Serve(copy)
         if hop is Hop.CLIENT:
@@ -157,12 +167,19 @@ class Engine:
             loading=count(*IN_FLIGHT),
             failed=count(CopyState.FAILED),
             draining=self.draining,
+            host_free_bytes=self._free_bytes(Tier.HOST),
+            disk_free_bytes=self._free_bytes(Tier.DISK),
             queue_ms=self.cache.queue_ms // self.limits.load_slots,
             load_fixed_ms=fixed_ms,
             load_bytes_per_ms=bytes_per_ms,
             version=version,
             labels=self.limits.labels,
         )
+
+    def _free_bytes(self, tier: Tier) -> int:
+        """What a lower tier could take without giving anything up."""
+        holdings = self.copies.lower.get(tier)
+        return 0 if holdings is None else holdings.capacity_bytes - holdings.committed_bytes
 
     # Events
 
@@ -179,16 +196,18 @@ class Engine:
                 copies.wanted(event, now_ms, actions)
             case SizeEstimated(model_id, size_bytes):
                 copies.estimated(self.cache.copies[model_id], size_bytes, now_ms, actions)
-            case LoadFinished(model_id, size_bytes):
-                copies.loaded(self.cache.copies[model_id], size_bytes, now_ms, actions)
+            case LoadFinished(model_id, size_bytes, kept):
+                copies.loaded(self.cache.copies[model_id], size_bytes, kept, now_ms, actions)
             case LoadFailed(model_id, error, retryable):
                 copies.failed(self.cache.copies[model_id], error, retryable, now_ms, actions)
-            case UnloadFinished(model_id):
-                copies.unloaded(self.cache.copies[model_id], now_ms, actions)
+            case UnloadFinished(model_id, was_kept):
+                copies.unloaded(self.cache.copies[model_id], was_kept, now_ms, actions)
+            case Demoted():
+                copies.demoted(event, now_ms, actions)
+            case HeldDropped():
+                copies.held_dropped(event, now_ms)
             case CopyUnwanted(model_id):
-                copy = self.cache.copies.get(model_id)
-                if copy is not None:
-                    copies.unwanted(copy, now_ms, actions)
+                copies.unwanted(model_id, now_ms, actions)
             case Tick():
                 copies.tick(now_ms, actions)
                 self.peers.tick(now_ms)

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class HostMode(StrEnum):
+    """What the host's memory is to the device's."""
+
+    EXCLUSIVE = "exclusive"
+    """It holds what the device does not: a host smaller than the device is worth having."""
+    INCLUSIVE = "inclusive"
+    """It holds what is loaded from it too: giving up on the device costs no copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,6 +20,11 @@ class Limits:
     """Of one pod."""
 
     capacity_bytes: int
+    host_bytes: int = 0
+    """Host memory for models that are not loaded; 0: there is no such tier."""
+    disk_bytes: int = 0
+    """Local disk for models' files; 0: there is no such tier."""
+    host_mode: HostMode = HostMode.EXCLUSIVE
     labels: str = ""
     """What kind of pod it is, and where (`placement.labels`)."""
     load_slots: int = 2

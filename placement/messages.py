@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from placement.cache import Copy
-from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Priority, VModelRecord
+from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Priority, Tier, VModelRecord
 
 # Events: what happened. `Engine.step` takes one and returns actions.
 
@@ -36,6 +37,8 @@ class LoadFinished:
     model_id: ModelId
     size_bytes: int
     """Measured."""
+    kept: Mapping[Tier, int] = field(default_factory=dict)
+    """Bytes that lie in the tiers it was asked to fill; at most what it was told there. Left out: nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,26 @@ class LoadFailed:
 @dataclass(frozen=True, slots=True)
 class UnloadFinished:
     model_id: ModelId
+    kept: bool = False
+    """It lies in the tier in which it was to be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demoted:
+    """The copy down has ended; nothing was dropped yet."""
+
+    model_id: ModelId
+    target: Tier
+    kept: bool
+    """It lies there now."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldDropped:
+    """The bytes in that tier are free."""
+
+    model_id: ModelId
+    tier: Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +93,18 @@ class DrainStarted:
     """The pod is going away: nothing new is loaded here."""
 
 
-Event = CopyWanted | SizeEstimated | LoadFinished | LoadFailed | UnloadFinished | CopyUnwanted | Tick | DrainStarted
+Event = (
+    CopyWanted
+    | SizeEstimated
+    | LoadFinished
+    | LoadFailed
+    | UnloadFinished
+    | Demoted
+    | HeldDropped
+    | CopyUnwanted
+    | Tick
+    | DrainStarted
+)
 
 # Actions: what the shell must do. Each answers with an event, or with none.
 
@@ -87,6 +121,10 @@ class StartLoad:
     """Answer: LoadFinished or LoadFailed."""
 
     model: ModelRecord
+    source: Tier | None = None
+    """Where to read it; None: from the store."""
+    keep: Mapping[Tier, int] = field(default_factory=dict)
+    """Tiers in which to leave a copy, and how many bytes it may take there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +132,25 @@ class StartUnload:
     """Nobody uses the copy. Answer: UnloadFinished."""
 
     model_id: ModelId
+    keep: Tier | None = None
+    """Where to copy it first; if that fails, it is given up without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demote:
+    """Copy what one tier holds into a lower one. Answer: Demoted."""
+
+    model_id: ModelId
+    source: Tier
+    target: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class DropHeld:
+    """Nobody reads it. Answer: HeldDropped."""
+
+    model_id: ModelId
+    tier: Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +198,19 @@ class LoadOn:
     pod_id: PodId
 
 
-Action = EstimateSize | StartLoad | StartUnload | Publish | Unpublish | Wake | EnsureLoaded | SettleVModel | LoadOn
+Action = (
+    EstimateSize
+    | StartLoad
+    | StartUnload
+    | Demote
+    | DropHeld
+    | Publish
+    | Unpublish
+    | Wake
+    | EnsureLoaded
+    | SettleVModel
+    | LoadOn
+)
 
 # Routes: where a request goes.
 

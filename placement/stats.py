@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+
+from placement.records import Tier
 
 
 @dataclass(slots=True)
@@ -28,3 +31,5 @@ class Stats:
     """Copies that came to FAILED: at the estimate, in the load, or because they turned out larger than the room."""
     evictions: int = 0
     """LOADED copies given up for room; those of removed models are not counted."""
+    moved_bytes: Counter[tuple[Tier | None, Tier]] = field(default_factory=Counter)
+    """By where they came from (None: the store) and where they went."""

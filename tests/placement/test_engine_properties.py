@@ -4,12 +4,14 @@ part 8). `tests.placement.world` checks after each step; here are the drivers.""
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from placement.limits import HostMode
 from tests.placement.world import COMMON, RARE, Operation, World
 
 _CHANCE = st.randoms(use_true_random=False)
@@ -19,10 +21,20 @@ class AnyOrder(RuleBasedStateMachine):
     """Hypothesis chooses, so that what fails is made short."""
 
     @initialize(
-        pods=st.integers(1, 4), capacity_bytes=st.integers(1, 12), exact=st.booleans(), load_slots=st.integers(1, 3)
+        pods=st.integers(1, 4),
+        capacity_bytes=st.integers(1, 12),
+        exact=st.booleans(),
+        limits=st.fixed_dictionaries(
+            {
+                "load_slots": st.integers(1, 3),
+                "host_bytes": st.sampled_from([0, 0, 3, 10]),
+                "disk_bytes": st.sampled_from([0, 0, 5, 30]),
+                "host_mode": st.sampled_from(HostMode),
+            }
+        ),
     )
-    def start(self, pods: int, capacity_bytes: int, exact: bool, load_slots: int) -> None:
-        self.world = World(pods, capacity_bytes, exact=exact, load_slots=load_slots)
+    def start(self, pods: int, capacity_bytes: int, exact: bool, limits: dict[str, Any]) -> None:
+        self.world = World(pods, capacity_bytes, exact=exact, **limits)
 
     @rule(operation=st.sampled_from(COMMON + COMMON + RARE), rng=_CHANCE)
     def do(self, operation: Operation, rng: Random) -> None:
@@ -53,9 +65,13 @@ test_any_order = AnyOrder.TestCase
 def test_long_runs(seed: int) -> None:
     """States that short runs do not reach: full pods, queues, many requests at once. The seed is the bug report."""
     rng = Random(seed)
-    world = World(1 + seed % 4, rng.randint(4, 30), exact=seed % 3 == 0, load_slots=1 + seed % 2)
+    tiers = {"host_bytes": rng.choice([0, 8, 20]), "disk_bytes": rng.choice([0, 12, 60])}
+    mode = rng.choice(list(HostMode))
+    world = World(
+        1 + seed % 4, rng.randint(4, 30), exact=seed % 3 == 0, load_slots=1 + seed % 2, host_mode=mode, **tiers
+    )
     weights = [rng.choice([1, 2, 4]) for _ in COMMON] + [rng.choice([0, 0.05, 0.3]) for _ in RARE]
-    for operation in rng.choices(COMMON + RARE, weights, k=1_500):
+    for operation in rng.choices(COMMON + RARE, weights, k=1_800):
         operation(world, rng)
         world.check()
     world.settle(rng)

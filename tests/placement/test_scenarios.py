@@ -13,25 +13,26 @@ from pathlib import Path
 
 import pytest
 
+from placement.limits import HostMode
 from placement.messages import (
     Action,
     CopyUnwanted,
+    Demote,
     DrainStarted,
     EstimateSize,
     Forward,
     Hop,
     LoadFailed,
-    LoadFinished,
     LoadHere,
     Publish,
     Refuse,
     Route,
     SizeEstimated,
     StartLoad,
+    StartUnload,
     Tick,
-    UnloadFinished,
 )
-from placement.records import CopyStatus, TenantRecord, model_key, pod_key
+from placement.records import CopyStatus, TenantRecord, Tier, model_key, pod_key
 from tests.placement.pods import Pod, held, model_record, peer
 
 SCENARIOS = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
@@ -45,8 +46,12 @@ class Stage:
         self.sizes: dict[str, int] = {}
         self.registrations = 0
 
-    def pod(self, capacity: str, slots: str = "2") -> list[str]:
-        self.p = Pod(int(capacity), load_slots=int(slots))
+    def pod(
+        self, capacity: str, slots: str = "2", host: str = "0", disk: str = "0", mode: str = "exclusive"
+    ) -> list[str]:
+        self.p = Pod(
+            int(capacity), load_slots=int(slots), host_bytes=int(host), disk_bytes=int(disk), host_mode=HostMode(mode)
+        )
         return []
 
     def peer(
@@ -116,13 +121,19 @@ class Stage:
         return self._told(self.p.unpin(self.p.copy(model_id)))
 
     def loaded(self, model_id: str, bytes: str = "") -> list[str]:
-        return self._told(self.p.step(LoadFinished(model_id, int(bytes or self.sizes[model_id]))))
+        return self._told(self.p.finish(model_id, int(bytes or self.sizes[model_id])))
 
     def fail(self, model_id: str, error: str, retry: str = "") -> list[str]:
         return self._told(self.p.step(LoadFailed(model_id, error, bool(retry))))
 
-    def unloaded(self, model_id: str) -> list[str]:
-        return self._told(self.p.step(UnloadFinished(model_id)))
+    def unloaded(self, model_id: str, kept: str = "all") -> list[str]:
+        return self._told(self.p.unload(model_id, keeps=kept == "all"))
+
+    def demoted(self, model_id: str, kept: str = "all") -> list[str]:
+        return self._told(self.p.demote(model_id, keeps=kept == "all"))
+
+    def dropped(self, model_id: str, tier: str = "host") -> list[str]:
+        return self._told(self.p.dropped(model_id, Tier(tier)))
 
     def tick(self, passed: str) -> list[str]:
         self.p.now_ms += _ms(passed)
@@ -144,9 +155,18 @@ class Stage:
 def _deed(action: Action) -> str:
     match action:
         case Publish(copy):
-            return " ".join(filter(None, ["publish", copy.model_id, copy.status, copy.error and f"({copy.error})"]))
-        case EstimateSize(model) | StartLoad(model):
-            return f"{type(action).__name__} {model.model_id}"
+            tier = f"in {copy.tier}" if copy.status is CopyStatus.HELD else ""
+            said = ["publish", copy.model_id, copy.status, tier, copy.error and f"({copy.error})"]
+            return " ".join(filter(None, said))
+        case EstimateSize(model):
+            return f"EstimateSize {model.model_id}"
+        case StartLoad(model, source, keep):
+            way = f" from {source}" if source else ""
+            return f"StartLoad {model.model_id}{way}" + "".join(f" keep {tier}" for tier in keep)
+        case StartUnload(model_id, keep_in):
+            return f"StartUnload {model_id}" + (f" keep {keep_in}" if keep_in else "")
+        case Demote(model_id, source, target):
+            return f"Demote {model_id} {source} -> {target}"
         case _:
             return " ".join([type(action).__name__, *(str(getattr(action, s)) for s in action.__slots__)])
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from placement.cache import Copy
+from placement.holdings import HoldState
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import (
     CopyUnwanted,
@@ -19,13 +20,11 @@ from placement.messages import (
     Hop,
     Join,
     LoadFailed,
-    LoadFinished,
     LoadHere,
     Refuse,
     Serve,
     SizeEstimated,
     Tick,
-    UnloadFinished,
     Why,
 )
 from placement.records import ModelId, PodId, model_key
@@ -49,10 +48,9 @@ class Refused(Exception):
 
 
 class World:
-    def __init__(self, pods: int, capacity_bytes: int, *, exact: bool, load_slots: int = 2) -> None:
-        self.pods = {
-            f"p{i}": Pod(capacity_bytes, pod_id=f"p{i}", load_slots=load_slots, load_tries=2) for i in range(pods)
-        }
+    def __init__(self, pods: int, capacity_bytes: int, *, exact: bool, load_slots: int = 2, **limits: Any) -> None:
+        limits |= {"load_slots": load_slots, "load_tries": 2}
+        self.pods = {f"p{i}": Pod(capacity_bytes, pod_id=f"p{i}", **limits) for i in range(pods)}
         self.exact = exact
         """Estimates are right: then true bytes must stay within the capacity as well."""
         self.now_ms = START_MS
@@ -113,7 +111,13 @@ class World:
         self._answer(rng, lambda pod: sorted(pod.estimating.keys() | pod.loading.keys()), fail)
 
     def unloaded(self, rng: Random) -> None:
-        self._answer(rng, lambda pod: sorted(pod.unloading), lambda pod, m, _: pod.step(UnloadFinished(m)))
+        self._answer(rng, lambda pod: sorted(pod.unloading), self._unload)
+
+    def demoted(self, rng: Random) -> None:
+        self._answer(rng, lambda pod: sorted(pod.demoting), lambda pod, m, rng: pod.demote(m, keeps=_mostly(rng)))
+
+    def dropped(self, rng: Random) -> None:
+        self._answer(rng, lambda pod: sorted({m for m, _ in pod.dropping}), self._drop)
 
     def tick(self, rng: Random) -> None:
         self._let_pass(rng.choice([1, 500, 2_500, 61_000]))
@@ -158,7 +162,11 @@ class World:
                 for model_id in sorted(pod.loading):
                     self._load(pod, model_id, rng)
                 for model_id in sorted(pod.unloading):
-                    pod.step(UnloadFinished(model_id))
+                    self._unload(pod, model_id, rng)
+                for model_id in sorted(pod.demoting):
+                    pod.demote(model_id)
+                for model_id, tier in sorted(pod.dropping):
+                    pod.dropped(model_id, tier)
             for _ in range(len(self.requests)):
                 self.resume(rng)
             self._let_pass(500)
@@ -168,7 +176,7 @@ class World:
             self.check()
             for pod in self.pods.values():
                 self._registry.deliver(pod)
-            busy = any(pod.estimating or pod.loading or pod.unloading for pod in self.pods.values())
+            busy = any(pod.is_busy for pod in self.pods.values())
             if not busy and not self.requests:
                 break
         assert not self.requests, "a request does not end"
@@ -180,6 +188,12 @@ class World:
             assert pod.cache.committed_bytes == pod.cache.resident_bytes == total == sum(pod.memory.values())
             assert not any(copy.pins for copy in pod.cache.copies.values())
             assert pod.cache.copies.keys() <= pod.view.models.keys(), "a removed model's copy stays"
+            for tier, holdings in pod.engine.copies.lower.items():
+                assert {holding.state for holding in holdings.entries.values()} <= {HoldState.HELD}
+                assert holdings.committed_bytes == holdings.resident_bytes
+                assert not any(holding.pins for holding in holdings.entries.values())
+                for model_id, (created, _) in pod.lower[tier].items():
+                    assert pod.view.models[model_id].created == created, "a removed model's bytes stay"
 
     # A request (mesh.router.Router.walk)
 
@@ -283,8 +297,14 @@ class World:
             size_bytes = max(1, size_bytes + rng.choice([-size_bytes // 2, -1, 0, 1]))
         pod.step(SizeEstimated(model_id, size_bytes))
 
-    def _load(self, pod: Pod, model_id: ModelId, _: Random) -> None:
-        pod.step(LoadFinished(model_id, self._sizes[model_id, pod.loading[model_id].created]))
+    def _load(self, pod: Pod, model_id: ModelId, rng: Random) -> None:
+        pod.finish(model_id, self._sizes[model_id, pod.loading[model_id].created], keeps=_mostly(rng))
+
+    def _unload(self, pod: Pod, model_id: ModelId, rng: Random) -> None:
+        pod.unload(model_id, keeps=_mostly(rng))
+
+    def _drop(self, pod: Pod, model_id: ModelId, rng: Random) -> None:
+        pod.dropped(model_id, rng.choice(sorted(tier for m, tier in pod.dropping if m == model_id)))
 
     def _answer(
         self, rng: Random, asked: Callable[[Pod], Sequence[ModelId]], how: Callable[[Pod, ModelId, Random], object]
@@ -303,6 +323,11 @@ class World:
             pod.now_ms = self.now_ms
 
 
+def _mostly(rng: Random) -> bool:
+    """Whether what is to be kept in a lower tier really is."""
+    return rng.random() < 0.8
+
+
 Operation = Callable[[World, Random], None]
 
 COMMON: Final[tuple[Operation, ...]] = (
@@ -312,6 +337,8 @@ COMMON: Final[tuple[Operation, ...]] = (
     World.estimated,
     World.loaded,
     World.unloaded,
+    World.demoted,
+    World.dropped,
     World.deliver,
     World.tick,
 )
