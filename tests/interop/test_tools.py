@@ -1,4 +1,4 @@
-"""Other people's HTTP/2 on our front end. tritonclient and grpc.aio are in the tests through a pod and side by side."""
+"""Tools that speak HTTP/2, and grpcio from threads; tritonclient and grpc.aio are in tests/mesh, through a pod."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mesh.tls import Tls
+from tests.mesh.certificates import Authority
 from tests.mesh.frontends import TIMEOUT_S, Handled, serving
 from tests.mesh.http2.wire import prefixed
 
@@ -40,24 +42,41 @@ async def test_grpcio_from_threads() -> None:
 @needs["h2load"]
 @pytest.mark.parametrize(("connections", "streams"), [(1, 1), (8, 8), (64, 1), (2, 1_000)])
 async def test_h2load(tmp_path: Path, connections: int, streams: int) -> None:
+    requests = min(4_000, 500 * connections * streams)
     body = tmp_path / "body"
     body.write_bytes(prefixed(bytes(291)))
     async with serving("h2", Handled()) as (_, address):
         said = await run(
-            *("h2load", "-t1", f"-c{connections}", f"-m{streams}", "-n4000", "-d", str(body)),
+            *("h2load", "-t1", f"-c{connections}", f"-m{streams}", f"-n{requests}", "-d", str(body)),
             *("-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{address}/test/later"),
         )
-        assert "4000 succeeded, 0 failed, 0 errored, 0 timeout" in said
-        assert f"({4000 * 296}) data" in said
+        assert f"{requests} succeeded, 0 failed, 0 errored, 0 timeout" in said
+        assert f"({requests * 296}) data" in said
+
+
+@needs["h2load"]
+async def test_h2load_over_tls(tmp_path: Path, authority: Authority) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(prefixed(bytes(100_000)))
+    async with serving("h2", Handled(), Tls(authority.files(mutual=False))) as (_, address):
+        said = await run(
+            *("h2load", "-t1", "-c8", "-m8", "-n400", "-d", str(body)),
+            *("-H", "content-type: application/grpc", "-H", "te: trailers", f"https://{address}/test/later"),
+        )
+        assert "Application protocol: h2" in said
+        assert "400 succeeded, 0 failed, 0 errored, 0 timeout" in said
 
 
 @needs["curl"]
-async def test_curl(tmp_path: Path) -> None:
+@pytest.mark.parametrize("secure", [False, True])
+async def test_curl(tmp_path: Path, authority: Authority, secure: bool) -> None:
     body = tmp_path / "body"
     body.write_bytes(prefixed(b"hello"))
-    async with serving("h2", Handled()) as (_, address):
-        curl = ("curl", "--http2-prior-knowledge", "-s", "-w", "%{http_code} %header{grpc-status}", "-o")
-        url = f"http://{address}/test/echo"
+    tls = Tls(authority.files(mutual=False)) if secure else None
+    async with serving("h2", Handled(), tls) as (_, address):
+        how = ("--http2", "--cacert", authority.ca) if secure else ("--http2-prior-knowledge",)
+        curl = ("curl", *how, "-s", "-w", "%{http_code} %header{grpc-status}", "-o")
+        url = f"{'https' if secure else 'http'}://{address}/test/echo"
         assert (await run(*curl, "/dev/null", url)) == "405 12"
         assert (await run(*curl, "/dev/null", "-X", "POST", "-H", "content-type: text/plain", url)) == "415 2"
         grpc_post = ("-H", "content-type: application/grpc", "-H", "te: trailers", "--data-binary")
