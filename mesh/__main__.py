@@ -8,6 +8,7 @@ import click
 
 from mesh import __version__
 from mesh.cli.bench import bench
+from mesh.cli.explain import explain
 from mesh.cli.manage import COMMANDS
 from mesh.cli.serve import serve
 from mesh.cli.tenants import tenant
@@ -20,7 +21,7 @@ def cli() -> None:
     """Serve many models from few pods. `densemesh serve --models DIR` is one pod, `densemesh up` a cluster."""
 
 
-for command in (serve, up, bench, *COMMANDS, tenant):
+for command in (serve, up, bench, *COMMANDS, explain, tenant):
     cli.add_command(command)
 
 

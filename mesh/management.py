@@ -15,6 +15,7 @@ from mesh.errors import (
     NoRoom,
     RegistryUnavailable,
 )
+from mesh.explain import Explanations
 from mesh.inference import parse
 from mesh.mirror import Mirror
 from mesh.registration import Registration, registration
@@ -25,6 +26,7 @@ from mesh.rpc import Call, Handlers, Unary
 from mesh.tenants import TenantGrants, check_quota
 from mesh.vmodels import VModels
 from placement.engine import Engine
+from placement.explain import unmet
 from placement.messages import Hop
 from placement.records import BadRecord, CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
 from protos import management_pb2 as pb
@@ -81,6 +83,7 @@ class Management:
             MODEL_MESH + "deleteVModel": self._delete_vmodel,
             MODEL_MESH + "getVModelStatus": self._get_vmodel_status,
             MESH + "GetState": self._get_state,
+            MESH + "Explain": Explanations(self._engine, self._directory).explain,
         }
         unary |= {MESH + name: handler for name, handler in self._tenants.handlers().items()}
         return Handlers({path: _guarded(handler) for path, handler in unary.items()}, {})
@@ -179,7 +182,11 @@ class Management:
         return status.SerializeToString()
 
     def _status(self, model_id: str) -> pb.ModelStatusInfo:
-        return status_info(self._engine.copies_of(model_id).values())
+        status = status_info(self._engine.copies_of(model_id).values())
+        model = self._view.models.get(model_id)
+        if model is not None and status.status == pb.ModelStatusInfo.NOT_LOADED:
+            status.errors.extend(filter(None, [unmet(model, self._engine.peers.pods().values())]))
+        return status
 
     # VModels
 
@@ -259,6 +266,7 @@ class Management:
                 models_failed=pod.failed,
                 draining=pod.draining,
                 oldest_used_ms=pod.oldest_used_ms,
+                labels=pod.labels,
             )
         if request.models:
             for model in sorted(self._view.models.values(), key=lambda model: model.model_id):

@@ -13,7 +13,7 @@ from typing import Final
 from placement import leader
 from placement.cache import Copy
 from placement.copies import LocalCopies
-from placement.labels import missing
+from placement.labels import lacks_labels, missing
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.limits import Limits
 from placement.messages import (
@@ -269,10 +269,10 @@ class Engine:
         pods = [pod for pod in self.peers.pods().values() if not pod.draining]
         if not pods:
             return self._refuse(Why.NO_POD, "every pod is draining")
-        labelled = [pod.capacity_bytes for pod in pods if not missing(wanted.requires, pod.labels)]
+        labelled = [pod for pod in pods if not missing(wanted.requires, pod.labels)]
         if not labelled:
-            return self._refuse(Why.NO_POD, f"no pod has the labels {wanted.requires}, which it requires")
-        size_bytes, largest_bytes = wanted.must_fit_bytes, max(labelled)
+            return self._refuse(Why.NO_POD, lacks_labels(wanted.requires))
+        size_bytes, largest_bytes = wanted.must_fit_bytes, max(pod.capacity_bytes for pod in labelled)
         if size_bytes > largest_bytes:
             return self._refuse(
                 Why.LOAD_FAILED, f"needs {size_bytes} bytes; the largest pod holds {largest_bytes} bytes"

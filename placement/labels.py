@@ -54,3 +54,8 @@ def missing(requires: str, labels: str) -> list[str]:
     except ValueError:
         had = {}
     return [f"{key}={value}" for key, value in required.items() if had.get(key) != value]
+
+
+def lacks_labels(requires: str) -> str:
+    """What is said of a model that no pod may load."""
+    return f"no pod has the labels {requires}, which it requires"

@@ -183,7 +183,7 @@ class MeshState(_message.Message):
     def __init__(self, pod_id: _Optional[str] = ..., pods: _Optional[_Iterable[_Union[PodState, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., models_registered: _Optional[int] = ..., fates: _Optional[_Union[RequestFates, _Mapping]] = ...) -> None: ...
 
 class PodState(_message.Message):
-    __slots__ = ("pod_id", "address", "version", "capacity_bytes", "used_bytes", "models_loaded", "models_loading", "models_failed", "draining", "oldest_used_ms")
+    __slots__ = ("pod_id", "address", "version", "capacity_bytes", "used_bytes", "models_loaded", "models_loading", "models_failed", "draining", "oldest_used_ms", "labels")
     POD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +194,7 @@ class PodState(_message.Message):
     MODELS_FAILED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     OLDEST_USED_MS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     pod_id: str
     address: str
     version: str
@@ -204,7 +205,71 @@ class PodState(_message.Message):
     models_failed: int
     draining: bool
     oldest_used_ms: int
-    def __init__(self, pod_id: _Optional[str] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., models_loaded: _Optional[int] = ..., models_loading: _Optional[int] = ..., models_failed: _Optional[int] = ..., draining: _Optional[bool] = ..., oldest_used_ms: _Optional[int] = ...) -> None: ...
+    labels: str
+    def __init__(self, pod_id: _Optional[str] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., models_loaded: _Optional[int] = ..., models_loading: _Optional[int] = ..., models_failed: _Optional[int] = ..., draining: _Optional[bool] = ..., oldest_used_ms: _Optional[int] = ..., labels: _Optional[str] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("model_id",)
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    def __init__(self, model_id: _Optional[str] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("model_id", "pod_id", "placement", "size_bytes", "reasons", "pods")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    POD_ID_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    PODS_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    pod_id: str
+    placement: Placement
+    size_bytes: int
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    pods: _containers.RepeatedCompositeFieldContainer[PodVerdict]
+    def __init__(self, model_id: _Optional[str] = ..., pod_id: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., size_bytes: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ..., pods: _Optional[_Iterable[_Union[PodVerdict, _Mapping]]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("tenant", "min_copies", "max_copies", "pinned", "idle_unload_s", "requires", "priority", "slo_ms")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    MIN_COPIES_FIELD_NUMBER: _ClassVar[int]
+    MAX_COPIES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    IDLE_UNLOAD_S_FIELD_NUMBER: _ClassVar[int]
+    REQUIRES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    min_copies: int
+    max_copies: int
+    pinned: bool
+    idle_unload_s: int
+    requires: str
+    priority: str
+    slo_ms: int
+    def __init__(self, tenant: _Optional[str] = ..., min_copies: _Optional[int] = ..., max_copies: _Optional[int] = ..., pinned: _Optional[bool] = ..., idle_unload_s: _Optional[int] = ..., requires: _Optional[str] = ..., priority: _Optional[str] = ..., slo_ms: _Optional[int] = ...) -> None: ...
+
+class PodVerdict(_message.Message):
+    __slots__ = ("pod_id", "can_load", "reasons", "parts_ms", "total_ms")
+    class PartsMsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    POD_ID_FIELD_NUMBER: _ClassVar[int]
+    CAN_LOAD_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_MS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
+    pod_id: str
+    can_load: bool
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    parts_ms: _containers.ScalarMap[str, float]
+    total_ms: float
+    def __init__(self, pod_id: _Optional[str] = ..., can_load: _Optional[bool] = ..., reasons: _Optional[_Iterable[str]] = ..., parts_ms: _Optional[_Mapping[str, float]] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class ModelState(_message.Message):
     __slots__ = ("model_id", "info", "status")

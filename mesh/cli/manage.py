@@ -56,12 +56,13 @@ class Target:
             await client.close()
         return kind.FromString(response)
 
-    def show(self, message: Message, text: str | Table) -> None:
+    def show(self, message: Message, *parts: str | Table) -> None:
         """The answer, for people or as JSON."""
         if self.as_json:
             print(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2))
         else:
-            _print(text)
+            for part in parts:
+                _print(part)
 
 
 def _print(text: str | Table) -> None:
@@ -185,15 +186,13 @@ def status(target: Target, model_id: str | None) -> int | None:
                 "draining" if pod.draining else "serving",
             ),
         )
-    target.show(state, table)
-    if not target.as_json:
-        models = Table(box=None, pad_edge=False)
-        for heading in ("MODEL", "FORMAT", "STATUS", "PODS"):
-            models.add_column(heading)
-        for model in state.models:
-            pods = ", ".join(copy.location for copy in model.status.modelCopyInfos)
-            models.add_row(model.model_id, model.info.type, Status.Name(model.status.status), pods)
-        _print(models if state.models else "no models are registered")
+    models = Table(box=None, pad_edge=False)
+    for heading in ("MODEL", "FORMAT", "STATUS", "PODS"):
+        models.add_column(heading)
+    for model in state.models:
+        pods = ", ".join(copy.location for copy in model.status.modelCopyInfos)
+        models.add_row(model.model_id, model.info.type, Status.Name(model.status.status), pods)
+    target.show(state, table, models if state.models else "no models are registered")
     return 0
 
 

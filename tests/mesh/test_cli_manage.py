@@ -78,6 +78,36 @@ def test_the_mesh_as_a_table_and_as_json(run: Command) -> None:
     assert "shown" in [model["model_id"] for model in state["models"]]
 
 
+def test_why_a_model_is_where_it_is(run: Command) -> None:
+    placement = ["--placement", '{"min_copies": 2, "requires": {"gpu": "h200"}}']
+    done = run("register", "picky", "synthetic", "--format", "synthetic", *placement)
+    assert done.stdout == "picky  NOT_LOADED\nno pod has the labels gpu=h200, which it requires\n"
+    lines = run("explain", "picky").stdout.splitlines()
+    assert lines[:4] == [
+        "picky  as pod pod-1 sees it",
+        "size not measured yet, min_copies 2, requires gpu=h200, priority normal",
+        "not loaded: no pod has the labels gpu=h200, which it requires",
+        "2 more copies are to be kept (min_copies 2); 0 pods can load one",
+    ]
+    assert lines[4].split() == ["POD", "CAN", "LOAD", *_HEADINGS, "WHY"]
+    assert lines[5].split(maxsplit=2) == ["pod-1", "no", "has no label gpu=h200"]
+    assert (
+        run("register", "picky", "synthetic", "--format", "synthetic", "--placement", '{"slo_ms": 9}').returncode == 0
+    )
+    found = told(run("explain", "picky", "--output", "json"))
+    assert found["reasons"] == ["not loaded: the next request for it has it loaded on the first of these pods"]
+    assert found["placement"] == {"priority": "normal", "slo_ms": 9}
+    (pod,) = found["pods"]
+    assert pod["can_load"]
+    assert sum(pod["parts_ms"].values()) == pytest.approx(pod["total_ms"])
+    done = run("explain", "nobody")
+    assert (done.returncode, "NOT_FOUND" in done.stderr) == (1, True)
+    run("unregister", "picky")
+
+
+_HEADINGS = [word for part in ("QUEUE", "LOAD", "EVICT", "SPREAD", "BALANCE", "TOTAL") for word in (part, "MS")]
+
+
 def test_a_load_that_fails_is_the_commands_failure(run: Command) -> None:
     key = '{"parameters":{"fail":"torn"}}'
     done = run("register", "torn", "synthetic", "--format", "synthetic", "--key", key, "--wait")
