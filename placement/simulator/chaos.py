@@ -1,0 +1,192 @@
+"""What goes wrong, and when. Each kind is a line in a table; all draws come from the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, Final
+
+from placement.messages import CopyUnwanted
+from placement.records import ModelId, ModelRecord, VModelRecord, model_key, vmodel_key
+from placement.simulator.clock import Tick, ticks
+
+if TYPE_CHECKING:
+    from placement.simulator.pods import SimPod
+    from placement.simulator.world import World
+
+_FAILURES_EXPIRE_MS: Final = 61_000
+
+
+class Chaos:
+    """Faults of one world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.faults = world.options.faults
+        self.rng = Random(f"chaos {world.options.seed}")
+        self.sizes: dict[tuple[ModelId, int], int] = {}
+        """Of models that were registered with other contents than the workload's."""
+        self._ended = False
+        self._hung = False
+
+    @property
+    def heals_in_ms(self) -> float:
+        """How long what went wrong may have consequences after `end`."""
+        if not self.faults.any:
+            return 0
+        options, faults = self.world.options, self.faults
+        hung = faults.hang_ms if faults.hung_loads else 0
+        return _FAILURES_EXPIRE_MS + options.lease_ttl_ms + options.timeout_ms + faults.down_ms + hung + 20_000
+
+    # Of loads and models
+
+    def load(self, load_ms: float) -> tuple[float, bool]:
+        """How long a load takes, in ms, and whether it fails then."""
+        faults, draw = self.faults, self.rng.random
+        if self._ended or not faults.any:
+            return load_ms, False
+        if draw() < faults.hung_loads:
+            return faults.hang_ms, True
+        if draw() < faults.slow_loads:
+            load_ms *= 10
+        return load_ms, draw() < faults.failed_loads
+
+    def misjudge(self, model: ModelRecord, size_bytes: int) -> int:
+        rng = Random(f"{self.world.options.seed} {model.model_id} {model.created}")
+        if not self.faults.misjudged_sizes or rng.random() >= self.faults.misjudged_sizes:
+            return size_bytes
+        return max(1, round(size_bytes * rng.uniform(0.5, 1.5)))
+
+    # Their times
+
+    def begin(self, _: object) -> None:
+        for kind in FAULTS:
+            self._again(kind)
+
+    def end(self) -> None:
+        """Nothing new goes wrong, and what is cut is mended."""
+        self._ended = True
+        self.world.transport.cut.clear()
+        for pod in self.world.pods.values():
+            pod.cut_off = False
+            pod.lag = min(pod.lag, ticks(2 * self.world.options.lag_ms))
+
+    def _again(self, kind: str) -> None:
+        per_minute = getattr(self.faults, kind) * (1 if kind in _OF_THE_MESH else self.world.options.pods)
+        if per_minute:
+            self.world.clock.after(ticks(self.rng.expovariate(per_minute / 60_000)), self._strike, kind)
+
+    def _strike(self, kind: str) -> None:
+        if not self._ended:
+            if kind in _OF_THE_MESH:
+                _OF_THE_MESH[kind](self)
+            else:
+                pod = self.world.pods[self.rng.choice(list(self.world.pods))]
+                if pod.alive:
+                    self.say(pod, kind)
+                    _OF_A_POD[kind](self, pod)
+            self._again(kind)
+
+    def say(self, pod: SimPod, what: str) -> None:
+        if self.world.trace is not None:
+            self.world.trace.add(pod, f"FAULT {what}")
+
+    def _for(self, most_ms: float) -> Tick:
+        return ticks(self.rng.uniform(0.1, 1) * most_ms)
+
+    # Of pods
+
+    def _crash(self, pod: SimPod) -> None:
+        self.world.kill(pod)
+        self.world.clock.after(self._for(self.faults.down_ms), self._restart, pod.number)
+
+    def _restart(self, number: int) -> None:
+        self.world.start(number)
+
+    def _drain(self, pod: SimPod) -> None:
+        if not pod.engine.draining:
+            pod.drain()
+            self.world.clock.after(self._for(self.world.options.timeout_ms), self._drained, pod)
+
+    def _drained(self, pod: SimPod) -> None:
+        if pod.alive:
+            self._crash(pod)
+
+    def _lose_lease(self, pod: SimPod) -> None:
+        if pod.session is not None:
+            self.world.registry.end(pod.session)
+
+    def _cut_registry(self, pod: SimPod) -> None:
+        pod.cut_off = True
+        self.world.clock.after(self._for(self.faults.cut_ms), self._mend_registry, pod)
+
+    def _mend_registry(self, pod: SimPod) -> None:
+        pod.cut_off = False
+
+    def _cut_pod(self, pod: SimPod) -> None:
+        others = [other.number for other in self.world.pods.values() if other is not pod]
+        if others:
+            pair = frozenset((pod.number, self.rng.choice(others)))
+            self.world.transport.cut.add(pair)
+            self.world.clock.after(self._for(self.faults.cut_ms), self.world.transport.cut.discard, pair)
+
+    def _lag(self, pod: SimPod) -> None:
+        before = pod.lag
+        pod.lag = self._for(self.faults.lag_ms)
+        self.world.clock.after(2 * pod.lag, self._catch_up, (pod, before))
+
+    def _catch_up(self, what: tuple[SimPod, Tick]) -> None:
+        pod, pod.lag = what[0], what[1]
+
+    def _compact(self, pod: SimPod) -> None:
+        if not pod.cut_off:
+            pod.reread()
+
+    # Of the mesh
+
+    def _register(self) -> None:
+        """A model is removed, comes back, or is registered anew with other contents."""
+        registry, model_id = self.world.registry, self.rng.choice(list(self.world.models))
+        if registry.get(model_key(model_id)) is not None:
+            registry.put(model_key(model_id), None)
+            if self.rng.random() < 0.5:
+                return
+        number = registry.revision + 1
+        registry.put(model_key(model_id), ModelRecord(model_id, "sim", f"{model_id}/{number}"))
+        most = self.world.options.capacity_bytes
+        large = self.rng.random() < self.faults.oversized
+        self.sizes[model_id, number] = self.rng.randint(most + 1, 2 * most) if large else self.rng.randint(1, most // 2)
+
+    def _give_up(self) -> None:
+        pod = self.world.pods[self.rng.choice(list(self.world.pods))]
+        copies = list(pod.engine.cache.copies)
+        if pod.alive and copies:
+            pod.step(CopyUnwanted(self.rng.choice(copies)))
+
+    def _alias(self) -> None:
+        """`setVModel`: the alias goes over to its new target when that is loaded."""
+        registry = self.world.registry
+        target = self.rng.choice(list(self.world.models))
+        vmodel_id = f"v{self.rng.randrange(3)}"
+        known = registry.get(vmodel_key(vmodel_id))
+        active = known.active if isinstance(known, VModelRecord) else target
+        if registry.get(model_key(target)) is not None:
+            registry.put(vmodel_key(vmodel_id), VModelRecord(vmodel_id, active, target))
+
+
+_OF_A_POD: Final[dict[str, Callable[[Chaos, SimPod], None]]] = {
+    "crashes": Chaos._crash,
+    "drains": Chaos._drain,
+    "lost_leases": Chaos._lose_lease,
+    "registry_cuts": Chaos._cut_registry,
+    "pod_cuts": Chaos._cut_pod,
+    "lags": Chaos._lag,
+    "compactions": Chaos._compact,
+}
+_OF_THE_MESH: Final[dict[str, Callable[[Chaos], None]]] = {
+    "registrations": Chaos._register,
+    "give_ups": Chaos._give_up,
+    "vmodels": Chaos._alias,
+}
+FAULTS: Final = (*_OF_A_POD, *_OF_THE_MESH)
+"""Names in `options.Faults`."""

@@ -1,0 +1,213 @@
+"""What must hold. Each invariant is a function in a table; it returns what is wrong, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from placement.lifecycle import CopyState
+from placement.messages import Action, CopyUnwanted, Event, StartLoad, StartUnload, Unpublish
+from placement.records import ModelId
+
+if TYPE_CHECKING:
+    from placement.simulator.pods import SimPod
+    from placement.simulator.world import World
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+    def __init__(self, invariant: str, said: str, pod: SimPod | None = None, model_id: ModelId = "") -> None:
+        super().__init__(f"{invariant}: {said}")
+        self.invariant = invariant
+        self.pod = pod
+        self.model_id = model_id
+
+
+# After every event, of the pod that it touched: cheap.
+
+
+def capacity(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
+    cache = pod.engine.cache
+    if max(cache.resident_bytes, cache.committed_bytes) > cache.capacity_bytes:
+        return f"{cache!r}"
+    return ""
+
+
+def true_room(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
+    """What is in memory, as measured, and what is being loaded, as estimated."""
+    if not any(type(action) is StartLoad for action in actions):
+        return ""
+    copies = pod.engine.cache.copies
+    memory = sum(resident.size_bytes for resident in pod.memory.values())
+    loading = sum(copies[model_id].size_bytes for model_id in pod.loading)
+    if memory + loading > pod.engine.limits.capacity_bytes:
+        return f"{memory} bytes are in memory and {loading} being loaded; {pod.engine!r}"
+    return ""
+
+
+def in_use(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
+    """Only a copy that nobody wants any more may leave LOADED with a pin, and it stays in memory until its last."""
+    copies = pod.engine.cache.copies
+    for action in actions:
+        match action:
+            case StartUnload(model_id):
+                if copies[model_id].pins or pod.memory[model_id].users:
+                    return f"{copies[model_id]!r} is unloaded"
+            case Unpublish(model_id) if not isinstance(event, CopyUnwanted):
+                copy = copies.get(model_id)
+                if (
+                    copy is not None
+                    and copy.state is CopyState.UNLOADING
+                    and copy.pins
+                    and not copy.error
+                    and not copy.doomed
+                ):
+                    return f"{copy!r} is evicted"
+    return ""
+
+
+def slots(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
+    limits = pod.engine.limits
+    return f"{len(pod.loading)} loads at once" if len(pod.loading) > limits.load_slots else ""
+
+
+StepCheck = Callable[["SimPod", Event | None, Sequence[Action]], str]
+AFTER_EVENT: Final[dict[str, StepCheck]] = {
+    "capacity is never exceeded": capacity,
+    "a load starts only into memory that is free": true_room,
+    "no copy is evicted while in use": in_use,
+    "no more loads than slots": slots,
+}
+
+
+# After every event in small worlds, every so often in large ones: a whole pod.
+
+
+def books(pod: SimPod) -> str:
+    try:
+        pod.engine.cache.check()
+    except AssertionError as wrong:
+        return str(wrong) or "the cache's own check fails"
+    return ""
+
+
+def shell(pod: SimPod) -> str:
+    """What the engine believes to be in memory or on its way there is."""
+    cache = pod.engine.cache
+    loading = {copy.model.model_id for copy in cache.in_state(CopyState.LOADING)}
+    held = {
+        copy.model.model_id
+        for state in (CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING)
+        for copy in cache.in_state(state)
+    }
+    if loading != pod.loading.keys():
+        return f"being loaded are {sorted(pod.loading)}, the engine says {sorted(loading)}"
+    if held != pod.memory.keys():
+        return f"in memory are {sorted(pod.memory)}, the engine says {sorted(held)}"
+    return ""
+
+
+def told(pod: SimPod) -> str:
+    """Others decide by what a pod publishes."""
+    for model_id, copy in pod.engine.cache.copies.items():
+        record, told = pod.engine.copies.published(model_id), pod.wanted_copy(model_id)
+        if (record and (record.status, record.error)) != (told and (told.status, told.error)):
+            return f"{copy!r} is published as {told}"
+    return ""
+
+
+PodCheck = Callable[["SimPod"], str]
+OF_POD: Final[dict[str, PodCheck]] = {
+    "books equal sums": books,
+    "the engine knows what is in memory": shell,
+    "what is published is what is there": told,
+}
+
+
+# When faults have ended and everything has come to rest: the world.
+
+
+def nothing_under_way(world: World) -> str:
+    for pod in world.pods.values():
+        for copy in pod.engine.cache.copies.values():
+            if copy.state is not CopyState.LOADED or copy.pins:
+                return f"{pod}: {copy!r}"
+        if pod.calls or pod.waiters:
+            return f"{pod}: {len(pod.calls)} calls, waited for are {sorted(pod.waiters)}"
+    return ""
+
+
+def one_view(world: World) -> str:
+    """Views converge: every pod sees what the registry holds, and the registry holds what the pods have."""
+    head = world.registry.head
+    for pod in world.pods.values():
+        view = pod.view
+        if view.pods != head.pods or view.pods.keys() != world.pods.keys():
+            return f"{pod} sees the pods {sorted(view.pods)} of {sorted(world.pods)}"
+        if dict(view.models) != head.models or view.vmodels != head.vmodels:
+            return f"{pod} sees other models"
+        for model_id in {*head.models, *pod.engine.cache.copies}:
+            if dict(view.copies(model_id)) != dict(head.copies(model_id)):
+                return f"{pod} sees {view.copies(model_id)} of {model_id}, the registry has {head.copies(model_id)}"
+            told, own = head.copies(model_id).get(pod.pod_id), pod.engine.copies.published(model_id)
+            if (told and told.status) != (own and own.status):
+                return f"{pod} has {own}, the registry says {told}"
+    return ""
+
+
+def registered(world: World) -> str:
+    """No copy outlives its model's registration."""
+    for pod in world.pods.values():
+        for model_id, copy in pod.engine.cache.copies.items():
+            model = world.registry.head.models.get(model_id)
+            if model is None or model.created != copy.model.created:
+                return f"{pod}: {copy!r} of registration {copy.model.created}"
+    return ""
+
+
+WorldCheck = Callable[["World"], str]
+AT_REST: Final[dict[str, WorldCheck]] = {
+    "all work ends": nothing_under_way,
+    "views converge": one_view,
+    "no copy outlives its registration": registered,
+}
+
+
+class Checks:
+    """Runs them; raises the first Violation."""
+
+    def __init__(self, every: int) -> None:
+        self.count = 0
+        self._every = every
+        self._left = every
+
+    def after(self, pod: SimPod, event: Event | None, actions: Sequence[Action]) -> None:
+        self.count += len(AFTER_EVENT)
+        for name, check in AFTER_EVENT.items():
+            wrong = check(pod, event, actions)
+            if wrong:
+                raise Violation(name, wrong, pod, _model_of(event))
+        self._left -= 1
+        if self._left <= 0:
+            self._left = self._every
+            self.pod(pod)
+
+    def pod(self, pod: SimPod) -> None:
+        self.count += len(OF_POD)
+        for name, check in OF_POD.items():
+            wrong = check(pod)
+            if wrong:
+                raise Violation(name, wrong, pod)
+
+    def at_rest(self, world: World) -> None:
+        self.count += len(AT_REST)
+        for name, check in AT_REST.items():
+            wrong = check(world)
+            if wrong:
+                raise Violation(name, wrong)
+
+
+def _model_of(event: Event | None) -> ModelId:
+    model_id: ModelId = getattr(event, "model_id", "")
+    return model_id

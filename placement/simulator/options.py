@@ -1,0 +1,153 @@
+"""What a run is made of. Everything else follows from it, so that a seed and its options are a bug report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from random import Random
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """How often what goes wrong. Rates are per pod and minute of virtual time; shares are of what they speak of."""
+
+    crashes: float = 0.0
+    """A pod's process ends at once; it starts anew, empty, after `down_ms`."""
+    drains: float = 0.0
+    """A pod is asked to stop, finishes its requests, and starts anew."""
+    down_ms: int = 5_000
+    lost_leases: float = 0.0
+    """The registry forgets a lease though its pod is well."""
+    registry_cuts: float = 0.0
+    """A pod and the registry cannot reach each other for a while."""
+    pod_cuts: float = 0.0
+    """Two pods cannot reach each other for a while."""
+    cut_ms: int = 8_000
+    lags: float = 0.0
+    """A pod's watch falls behind, by up to `lag_ms`."""
+    lag_ms: int = 3_000
+    compactions: float = 0.0
+    """A pod's watch cannot be resumed: it reads everything anew."""
+    lost_messages: float = 0.0
+    """Share of calls and of answers between pods that never arrive."""
+    slow_messages: float = 0.0
+    """Share of those that take a hundred times as long."""
+    failed_loads: float = 0.0
+    """Share of loads that fail, half of them for a reason that may pass."""
+    slow_loads: float = 0.0
+    """Share of loads that take ten times as long."""
+    hung_loads: float = 0.0
+    """Share of loads that take `hang_ms` and then fail."""
+    hang_ms: int = 120_000
+    misjudged_sizes: float = 0.0
+    """Share of models whose estimate is wrong, by up to half."""
+    oversized: float = 0.0
+    """Share of models that fit into no pod."""
+    registrations: float = 0.0
+    """Models removed, or registered anew with other contents, per minute of the whole mesh."""
+    give_ups: float = 0.0
+    """Copies somebody asks to be given up (RepositoryModelUnload), per minute of the whole mesh."""
+    vmodels: float = 0.0
+    """Aliases set to another model, per minute of the whole mesh."""
+    skew_ms: int = 0
+    """Each pod's clock is wrong by up to this."""
+
+    @property
+    def any(self) -> bool:
+        return self != Faults(**{name: getattr(self, name) for name in ("down_ms", "cut_ms", "lag_ms", "hang_ms")})
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One run."""
+
+    seed: int = 0
+    pods: int = 3
+    capacity_bytes: int = 1 << 30
+    """Of each pod."""
+    duration_ms: int = 60_000
+    """How long requests arrive; after that the world is let come to rest."""
+    warmup: float = 0.0
+    """Share of the duration whose requests are not counted in the report."""
+    policy: str = "lru"
+    load_slots: int = 2
+    run_slots: int = 0
+    """Requests a pod runs at once; the others wait in line. 0: as many as come."""
+    timeout_ms: int = 30_000
+    """Each request's deadline."""
+    network_ms: float = 0.3
+    """One way between two pods, mean."""
+    lag_ms: float = 20.0
+    """How far a watch is behind, mean; each pod has its own, between a fifth of it and the double."""
+    write_ms: float = 5.0
+    """A write to the registry, mean."""
+    lease_ttl_ms: int = 10_000
+    faults: Faults = field(default_factory=Faults)
+    check_every: int = 1
+    """Check a pod in full after each so many of its events; what costs little is checked after every one."""
+    own_views: bool = False
+    """Each pod has a `ClusterView` of its own, as in production, instead of one shared by all and seen with its lag."""
+    trace: bool = True
+    """Keep the last events, and a digest of all."""
+
+
+def draw(seed: int) -> Options:
+    """A small world with faults."""
+    rng = Random(f"options {seed}")
+
+    def some(most: float) -> float:
+        """Absent from half of the worlds, so that every kind of fault is also met alone."""
+        return round(rng.uniform(0, most), 3) if rng.random() < 0.5 else 0.0
+
+    return Options(
+        seed=seed,
+        pods=rng.randint(1, 6),
+        capacity_bytes=rng.randint(10, 60),
+        duration_ms=rng.choice([20_000, 60_000, 120_000]),
+        load_slots=rng.randint(1, 3),
+        run_slots=rng.choice([0, 0, 1, 4]),
+        timeout_ms=rng.choice([1_000, 10_000, 30_000]),
+        network_ms=rng.choice([0.3, 3.0]),
+        lag_ms=rng.choice([5.0, 50.0, 500.0]),
+        write_ms=rng.choice([2.0, 50.0]),
+        lease_ttl_ms=rng.choice([3_000, 10_000]),
+        own_views=rng.random() < 0.5,
+        faults=Faults(
+            crashes=some(3),
+            drains=some(2),
+            down_ms=rng.choice([100, 2_000, 20_000]),
+            lost_leases=some(2),
+            registry_cuts=some(2),
+            pod_cuts=some(3),
+            cut_ms=rng.choice([500, 5_000, 20_000]),
+            lags=some(4),
+            compactions=some(4),
+            lost_messages=some(0.05),
+            slow_messages=some(0.2),
+            failed_loads=some(0.4),
+            slow_loads=some(0.3),
+            hung_loads=some(0.05),
+            hang_ms=rng.choice([20_000, 120_000]),
+            misjudged_sizes=some(1),
+            oversized=some(0.1),
+            registrations=some(30),
+            give_ups=some(20),
+            vmodels=some(10),
+            skew_ms=rng.choice([0, 50, 5_000]),
+        ),
+    )
+
+
+def told(options: Options) -> str:
+    """The options that are not at their default, as flags."""
+    words = []
+    for group, default in ((options, Options()), (options.faults, Faults())):
+        for f in fields(group):
+            value = getattr(group, f.name)
+            if f.name != "faults" and value != getattr(default, f.name):
+                words.append(f"--{f.name.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
+DRAWN_MODELS: Final = (3, 40)
+"""Models of a drawn world."""
