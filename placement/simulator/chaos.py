@@ -132,7 +132,7 @@ class Chaos:
 
     def _lag(self, pod: SimPod) -> None:
         before = pod.lag
-        pod.lag = self._for(self.faults.lag_ms)
+        pod.lag = self._for(self.faults.behind_ms)
         self.world.clock.after(2 * pod.lag, self._catch_up, (pod, before))
 
     def _catch_up(self, what: tuple[SimPod, Tick]) -> None:
@@ -152,7 +152,7 @@ class Chaos:
             if self.rng.random() < 0.5:
                 return
         number = registry.revision + 1
-        registry.put(model_key(model_id), ModelRecord(model_id, "sim", f"{model_id}/{number}"))
+        registry.put(model_key(model_id), self.world.registration(model_id, number))
         most = self.world.options.capacity_bytes
         large = self.rng.random() < self.faults.oversized
         self.sizes[model_id, number] = self.rng.randint(most + 1, 2 * most) if large else self.rng.randint(1, most // 2)

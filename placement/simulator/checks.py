@@ -131,7 +131,7 @@ OF_POD: Final[dict[str, PodCheck]] = {
 def nothing_under_way(world: World) -> str:
     for pod in world.pods.values():
         for copy in pod.engine.cache.copies.values():
-            if copy.state is not CopyState.LOADED or copy.pins:
+            if copy.state not in (CopyState.LOADED, CopyState.FAILED) or copy.pins:
                 return f"{pod}: {copy!r}"
         if pod.calls or pod.waiters:
             return f"{pod}: {len(pod.calls)} calls, waited for are {sorted(pod.waiters)}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from random import Random
-from typing import Final
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +22,8 @@ class Faults:
     """Two pods cannot reach each other for a while."""
     cut_ms: int = 8_000
     lags: float = 0.0
-    """A pod's watch falls behind, by up to `lag_ms`."""
-    lag_ms: int = 3_000
+    """A pod's watch falls behind, by up to `behind_ms`."""
+    behind_ms: int = 3_000
     compactions: float = 0.0
     """A pod's watch cannot be resumed: it reads everything anew."""
     lost_messages: float = 0.0
@@ -54,7 +52,7 @@ class Faults:
 
     @property
     def any(self) -> bool:
-        return self != Faults(**{name: getattr(self, name) for name in ("down_ms", "cut_ms", "lag_ms", "hang_ms")})
+        return self != Faults(**{name: getattr(self, name) for name in ("down_ms", "cut_ms", "behind_ms", "hang_ms")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,65 +87,3 @@ class Options:
     """Each pod has a `ClusterView` of its own, as in production, instead of one shared by all and seen with its lag."""
     trace: bool = True
     """Keep the last events, and a digest of all."""
-
-
-def draw(seed: int) -> Options:
-    """A small world with faults."""
-    rng = Random(f"options {seed}")
-
-    def some(most: float) -> float:
-        """Absent from half of the worlds, so that every kind of fault is also met alone."""
-        return round(rng.uniform(0, most), 3) if rng.random() < 0.5 else 0.0
-
-    return Options(
-        seed=seed,
-        pods=rng.randint(1, 6),
-        capacity_bytes=rng.randint(10, 60),
-        duration_ms=rng.choice([20_000, 60_000, 120_000]),
-        load_slots=rng.randint(1, 3),
-        run_slots=rng.choice([0, 0, 1, 4]),
-        timeout_ms=rng.choice([1_000, 10_000, 30_000]),
-        network_ms=rng.choice([0.3, 3.0]),
-        lag_ms=rng.choice([5.0, 50.0, 500.0]),
-        write_ms=rng.choice([2.0, 50.0]),
-        lease_ttl_ms=rng.choice([3_000, 10_000]),
-        own_views=rng.random() < 0.5,
-        faults=Faults(
-            crashes=some(3),
-            drains=some(2),
-            down_ms=rng.choice([100, 2_000, 20_000]),
-            lost_leases=some(2),
-            registry_cuts=some(2),
-            pod_cuts=some(3),
-            cut_ms=rng.choice([500, 5_000, 20_000]),
-            lags=some(4),
-            compactions=some(4),
-            lost_messages=some(0.05),
-            slow_messages=some(0.2),
-            failed_loads=some(0.4),
-            slow_loads=some(0.3),
-            hung_loads=some(0.05),
-            hang_ms=rng.choice([20_000, 120_000]),
-            misjudged_sizes=some(1),
-            oversized=some(0.1),
-            registrations=some(30),
-            give_ups=some(20),
-            vmodels=some(10),
-            skew_ms=rng.choice([0, 50, 5_000]),
-        ),
-    )
-
-
-def told(options: Options) -> str:
-    """The options that are not at their default, as flags."""
-    words = []
-    for group, default in ((options, Options()), (options.faults, Faults())):
-        for f in fields(group):
-            value = getattr(group, f.name)
-            if f.name != "faults" and value != getattr(default, f.name):
-                words.append(f"--{f.name.replace('_', '-')} {value}")
-    return " ".join(words)
-
-
-DRAWN_MODELS: Final = (3, 40)
-"""Models of a drawn world."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from placement import messages
 from placement.cache import Copy
-from placement.copies import Limits
 from placement.engine import Engine
+from placement.limits import Limits
 from placement.messages import (
     Action,
     CopyUnwanted,
@@ -21,6 +21,7 @@ from placement.messages import (
     Event,
     LoadFailed,
     LoadFinished,
+    LoadOn,
     Publish,
     SettleVModel,
     SizeEstimated,
@@ -31,7 +32,17 @@ from placement.messages import (
     Wake,
 )
 from placement.policies import POLICIES
-from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Record, VModelRecord, copy_key, pod_key, vmodel_key
+from placement.records import (
+    CopyRecord,
+    ModelId,
+    ModelRecord,
+    PodId,
+    Record,
+    VModelRecord,
+    copy_key,
+    pod_key,
+    vmodel_key,
+)
 from placement.simulator.clock import TICKS_PER_MS, Tick, ticks
 from placement.simulator.registry import Session
 from placement.simulator.requests import Call
@@ -290,7 +301,7 @@ class SimPod:
 
     # The leader's work
 
-    def _lead(self, action: EnsureLoaded | SettleVModel, ms: float, call: Callable[[Any], None]) -> None:
+    def _lead(self, action: EnsureLoaded | SettleVModel | LoadOn, ms: float, call: Callable[[Any], None]) -> None:
         """The same is planned at every tick until it shows: carry it out once at a time."""
         if action not in self._leading:
             self._leading.add(action)
@@ -298,6 +309,9 @@ class SimPod:
 
     def _ensure(self, action: EnsureLoaded) -> None:
         self.world.ensure(self, action.model_id, lambda _: self._leading.discard(action))
+
+    def _load_on(self, action: LoadOn) -> None:
+        self.world.load_on(self, action, lambda _: self._leading.discard(action))
 
     def _settle(self, action: SettleVModel) -> None:
         """`mesh.vmodels`: a compare-and-set."""
@@ -316,6 +330,7 @@ CARRY_OUT: Final[dict[type[Any], Callable[[SimPod, Any], None]]] = {
     Unpublish: lambda pod, action: pod.delete(copy_key(pod.pod_id, action.model_id)),
     Wake: lambda pod, action: pod.wake(action.model_id),
     EnsureLoaded: lambda pod, action: pod._lead(action, 1.0, pod._ensure),
+    LoadOn: lambda pod, action: pod._lead(action, 1.0, pod._load_on),
     SettleVModel: lambda pod, action: pod._lead(action, 5.0, pod._settle),
 }
 """What the shell does with an action: a line here for each kind."""

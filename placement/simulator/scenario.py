@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
+
+Arrivals = Iterator[tuple[float, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,41 +26,23 @@ class SimModel:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Models and the requests for them: Poisson arrivals, popularity by Zipf's law."""
+    """Models, and the requests for them: (ms since the start, index into `models`), in order of time."""
 
     name: str
     models: Sequence[SimModel]
-    requests_per_s: float
-    duration_ms: float
-    zipf: float = 0.9
-    seed: int = 0
-
-    def arrivals(self) -> Iterator[tuple[float, int]]:
-        """(ms since the start, index into `models`), in order of time."""
-        rng = Random(f"arrivals {self.seed}")
-        weights = list(accumulate((rank + 1) ** -self.zipf for rank in range(len(self.models))))
-        at_ms, total, draw, gap = 0.0, weights[-1], rng.random, self.requests_per_s / 1e3
-        while (at_ms := at_ms + rng.expovariate(gap)) < self.duration_ms:
-            yield at_ms, bisect(weights, draw() * total)
+    arrivals: Callable[[], Arrivals]
 
 
 def zipf(
-    models: int,
-    requests_per_s: float,
-    duration_ms: float,
-    *,
-    seed: int = 0,
-    size_bytes: tuple[int, int],
-    exponent: float = 0.9,
+    models: Sequence[SimModel], requests_per_s: float, duration_ms: float, *, exponent: float = 0.9, seed: int = 0
 ) -> Workload:
-    """Models of sizes drawn between two bounds; loads take 100 ms and 1 ms per 500 kB."""
-    rng = Random(f"models {seed}")
-    sizes = [rng.randint(*size_bytes) for _ in range(models)]
-    return Workload(
-        "zipf",
-        [SimModel(f"m{i}", size, rng.choice([0.5, 2.0, 8.0]), 100 + size / 500e3) for i, size in enumerate(sizes)],
-        requests_per_s,
-        duration_ms,
-        exponent,
-        seed,
-    )
+    """Poisson arrivals; the model of rank r is asked for in proportion to 1 / r^exponent."""
+    weights = list(accumulate((rank + 1) ** -exponent for rank in range(len(models))))
+
+    def arrivals() -> Arrivals:
+        rng = Random(f"zipf {seed}")
+        at_ms = 0.0
+        while (at_ms := at_ms + rng.expovariate(requests_per_s / 1e3)) < duration_ms:
+            yield at_ms, bisect(weights, rng.random() * weights[-1])
+
+    return Workload(f"zipf-{exponent:g}", models, arrivals)

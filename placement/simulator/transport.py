@@ -36,8 +36,8 @@ class Transport:
 
     def answer(self, call: Call, outcome: Outcome) -> None:
         """Take an answer back to the caller."""
-        assert call.caller is not None
-        if self._vanishes(call.pod, call.caller.pod):
+        caller = call.caller.pod if call.caller is not None else call.pod
+        if self._vanishes(call.pod, caller):
             self._clock.after(self._silence(), self._returned, (call, Outcome.POD_UNAVAILABLE))
         else:
             self._clock.after(self._latency(), self._returned, (call, outcome))
@@ -55,6 +55,8 @@ class Transport:
         if caller is not None and caller.awaits is call and caller.answer is None:
             caller.answer = outcome
             self._world.go(caller)
+        elif caller is None and call.request.on_end is not None:
+            call.request.on_end(outcome)
 
     def _latency(self) -> Tick:
         latency = 1 + int(self._draw() * self._mean)

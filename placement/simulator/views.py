@@ -6,10 +6,10 @@ Both follow the same batches, so they must tell the same; tests hold a run with 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Record, VModelRecord
+from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Record, TenantId, TenantRecord, VModelRecord
 from placement.view import ClusterView, same_contents
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Past:
         self.copies: dict[ModelId, list[tuple[int, dict[PodId, CopyRecord]]]] = {}
         self.known: dict[ModelId, list[tuple[int, tuple[int, int] | None]]] = {}
         """Registration and size."""
+        self.tenant_bytes: dict[TenantId, list[tuple[int, dict[PodId, int]]]] = {}
+        self.tenant_models: dict[TenantId, list[tuple[int, int]]] = {}
         self._order: deque[tuple[int, dict[ModelId, list[Any]], ModelId]] = deque()
 
     def keep(self, change: Change) -> None:
@@ -64,12 +66,19 @@ class Past:
         kind, _, rest = change.key.partition("/")
         head, revision = self.head, change.revision
         if kind == "models":
-            self._keep(self.models, rest, revision, head.models.get(rest))
-            self._keep(self.known, rest, revision, head._sizes.get(rest))
+            model_id = rest
+            self._keep(self.models, model_id, revision, head.models.get(model_id))
         elif kind == "copies":
             model_id = rest.partition("/")[2]
             self._keep(self.copies, model_id, revision, dict(head.copies(model_id)))
-            self._keep(self.known, model_id, revision, head._sizes.get(model_id))
+        else:
+            return
+        self._keep(self.known, model_id, revision, head._sizes.get(model_id))
+        for model in {head.models.get(model_id), change.record}:
+            if isinstance(model, ModelRecord) and model.tenant:
+                tenant = model.tenant
+                self._keep(self.tenant_bytes, tenant, revision, dict(head._tenant_bytes.get(tenant, {})))
+                self._keep(self.tenant_models, tenant, revision, head.tenant_models(tenant))
 
     def forget(self, revision: int) -> None:
         """Every pod has seen everything up to here."""
@@ -92,7 +101,7 @@ class Past:
 class LaggedView(ClusterView):
     """The shared view, except for changes that this pod has not seen yet.
 
-    A table that is added to `ClusterView` is answered here as well, or kept per pod as `vmodels` is.
+    A table that is added to `ClusterView` is answered here as well, or kept per pod as `vmodels` and `tenants` are.
     """
 
     models: Mapping[ModelId, ModelRecord]  # type: ignore[assignment]
@@ -138,6 +147,7 @@ class LaggedView(ClusterView):
         head = registry.head
         self.pods, self._all_sizes = dict(head.pods), registry.past.sizes()
         self.vmodels, self.in_transition = dict(head.vmodels), set(head.in_transition)
+        self.tenants = dict(head.tenants)
 
     def copies(self, model_id: ModelId) -> Mapping[PodId, CopyRecord]:
         versions = self._past.copies.get(model_id)
@@ -170,6 +180,20 @@ class LaggedView(ClusterView):
                 count += others is None
         return total // count if count else 0
 
+    def tenant_bytes(self, tenant: TenantId, *, without: PodId) -> int:
+        pods = self._bytes_of(tenant)
+        return sum(pods.values()) - pods.get(without, 0)
+
+    def tenant_bytes_on(self, tenant: TenantId, pod_id: PodId) -> int:
+        return self._bytes_of(tenant).get(pod_id, 0)
+
+    def tenant_models(self, tenant: TenantId) -> int:
+        return self._at(self._past.tenant_models.get(tenant), self._head.tenant_models(tenant))
+
+    def tenants_with_models(self) -> Collection[TenantId]:
+        tenants = {*self._head.tenants_with_models(), *self._past.tenant_models}
+        return sorted(tenant for tenant in tenants if self.tenant_models(tenant))
+
     def apply(self, record: Record) -> ModelId | None:
         match record:
             case ModelRecord(model_id):
@@ -178,7 +202,7 @@ class LaggedView(ClusterView):
                     return None
                 self.ahead[model_id] = record
                 return model_id if old is not None and not same_contents(old, record) else None
-            case VModelRecord():
+            case VModelRecord() | TenantRecord():
                 return super().apply(record)
             case _:
                 raise AssertionError(f"not per pod: {record}")
@@ -193,6 +217,9 @@ class LaggedView(ClusterView):
         self.ahead.pop(model_id, None)
         self._forget_size(model_id)
         return model_id
+
+    def _bytes_of(self, tenant: TenantId) -> Mapping[PodId, int]:
+        return self._at(self._past.tenant_bytes.get(tenant), self._head._tenant_bytes.get(tenant, {}))
 
     def _known(self, model_id: ModelId) -> tuple[int, int] | None:
         return self._at(self._past.known.get(model_id), self._head._sizes.get(model_id))

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Final
 
-from placement.messages import Hop
+from placement.messages import Hop, LoadOn
 from placement.records import ModelId, ModelRecord, PodId, model_key
 from placement.simulator.chaos import Chaos
 from placement.simulator.checks import Checks, Violation
@@ -68,6 +68,15 @@ class World:
         except Exception as bug:
             raise Violation("no event breaks the engine", f"{type(bug).__name__}: {bug}") from bug
         return self._reported()
+
+    def told(self, violation: Violation) -> str:
+        """What did not hold, when, and what had happened to whom it concerns."""
+        at_ms = self.clock.now / TICKS_PER_MS
+        lines = [f"VIOLATION after {at_ms:.1f} ms, {violation.pod or 'world'}: {violation}"]
+        if self.trace is not None:
+            pod_id = violation.pod.pod_id if violation.pod else ""
+            lines += map(str, self.trace.last(60, pod_id, violation.model_id))
+        return "\n".join(lines)
 
     def _begin(self) -> None:
         options = self.options
@@ -165,8 +174,14 @@ class World:
 
     def _forget(self, _: object) -> None:
         """Nobody needs what everybody knows to be past."""
-        self.registry.past.forget(min(pod.view.seen for pod in self.pods.values() if pod.alive))
+        seen = [pod.view.seen for pod in self.pods.values() if pod.alive]
+        self.registry.past.forget(min(seen, default=self.registry.revision))
         self.clock.after(1_000 * TICKS_PER_MS, self._forget)
+
+    def registration(self, model_id: ModelId, number: int) -> ModelRecord:
+        """Another one, with other contents than those before."""
+        model = self.models[model_id]
+        return ModelRecord(model_id, "sim", f"{model_id}/{number}", tenant=model.tenant, slo_ms=round(model.slo_ms))
 
     # What pods ask the world for
 
@@ -194,6 +209,17 @@ class World:
         """`mesh.residency.Residency.ensure_quietly`"""
         request = Request(self.models[model_id], self.clock.now, 0, on_end)
         self.begin(Call(request, pod, Hop.CLIENT, self.clock.now + ticks(600_000)))
+
+    def load_on(self, pod: SimPod, wanted: LoadOn, on_end: Callable[[Outcome], None]) -> None:
+        """`mesh.residency.Residency.load_on`"""
+        request = Request(self.models[wanted.model_id], self.clock.now, 0, on_end)
+        deadline = self.clock.now + ticks(600_000)
+        if wanted.pod_id == pod.pod_id:
+            self.begin(Call(request, pod, Hop.LOAD_HERE, deadline))
+        elif wanted.pod_id in pod.view.pods:
+            self.transport.send(pod, Call(request, self.pods[wanted.pod_id], Hop.LOAD_HERE, deadline))
+        else:
+            on_end(Outcome.POD_UNAVAILABLE)
 
     # Calls
 
