@@ -88,8 +88,9 @@ class SimPod:
         """From the registry."""
         self.skew_ms = self.rng.randint(-options.faults.skew_ms, options.faults.skew_ms)
         limits = Limits(options.capacity_bytes, load_slots=options.load_slots)
-        policy = POLICIES[options.policy]()
-        self.engine = Engine(self.pod_id, f"{self.pod_id}:8033", limits, self.view, policy, Random(self.rng.random()))
+        self.engine = Engine(
+            self.pod_id, f"{self.pod_id}:8033", limits, self.view, POLICIES[options.policy], Random(self.rng.random())
+        )
         self.memory: dict[ModelId, Resident] = {}
         self.loading: dict[ModelId, ModelRecord] = {}
         self.estimating: dict[ModelId, ModelRecord] = {}
