@@ -1,5 +1,5 @@
-"""The KServe SDK's InferenceGRPCClient. It excludes our pins (psutil must be below 6) and brings some fifty packages, so
-it runs in an environment of its own: `python -m venv K && K/bin/pip install kserve`, then KSERVE_PYTHON=K/bin/python."""
+"""The KServe SDK's InferenceGRPCClient. It excludes our pins (psutil must be below 6) and brings fifty packages, so it
+runs in an environment of its own: `python -m venv K && K/bin/pip install kserve`, then KSERVE_PYTHON=K/bin/python."""
 
 from __future__ import annotations
 
