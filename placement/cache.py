@@ -49,7 +49,8 @@ class Copy:
     reload_ms: float = 1.0
     run_ms: float = 0.0
     slo_ms: float = 100.0
-    """These three: as in `Worth`."""
+    waited_ms: int = 0
+    """These four: as in `Worth`."""
     state: CopyState = CopyState.QUEUED
     size_bytes: int = 0
     """What the books hold for it: estimated until LOADED, measured from then on."""
@@ -107,7 +108,7 @@ class Copy:
 
     @property
     def worth(self) -> Worth:
-        return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms)
+        return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms, self.waited_ms)
 
 
 class Cache(Books[CopyState, Move, Copy]):

@@ -30,6 +30,7 @@ class Moves:
 
     def promise(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """Its room on the device is promised; so is what its load will leave in lower tiers."""
+        copy.waited_ms = now_ms - copy.since_ms
         self.cache.move(copy, Move.PROMISE, now_ms)
         self._tiers.promise_load(copy, now_ms, actions)
         self.start_load(copy, now_ms, actions)
@@ -37,6 +38,7 @@ class Moves:
     def start_load(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """If all that was promised to it is free."""
         if copy.size_bytes <= self.cache.free_bytes and self._tiers.may_start(copy):
+            copy.waited_ms += now_ms - copy.since_ms
             self.cache.move(copy, Move.START, now_ms)
             self._tiers.start(copy, now_ms)
             source = None if copy.source is None else copy.source.tier

@@ -19,7 +19,9 @@ class Worth:
     run_ms: float = 0.0
     """One request on the loaded copy."""
     slo_ms: float = 100.0
-    """Within what a request should be answered."""
+    """Within what a request should be answered; above 0."""
+    waited_ms: float = 0.0
+    """How long the load that brought it waited for its turn."""
 
 
 class EvictionPolicy(Protocol):
@@ -38,8 +40,8 @@ class EvictionPolicy(Protocol):
         ...
 
     def touch(self, model_id: ModelId, now_ms: int) -> None:
-        """A request used a known copy at `now_ms`, which never makes it colder; a use before the last one does not
-        make it any warmer than a use at the same time would. On the path of every request: O(1)."""
+        """A request used a known copy at `now_ms`, which never makes it colder; a use before the last one changes
+        nothing. On the path of every request: O(1)."""
         ...
 
     def evict(self, model_id: ModelId) -> None:
