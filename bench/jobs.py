@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -29,15 +29,16 @@ class JobError(Exception):
 
 
 class Job:
-    """`python -m <module> <arguments>`, from the `async with` on until its end; ended by force when that is left early.
+    """`python -m <module> <arguments>`, or another `program` in place of `python -m`.
 
-    Lines that are JSON objects are its results, all others (warnings, tracebacks) its last words. It dies with us, and
-    Ctrl-C does not reach it.
+    It runs from the `async with` on until its end, and is ended by force when that is left early. Lines that are JSON
+    objects are its results, all others (warnings, tracebacks) its last words. It dies with us, and Ctrl-C does not
+    reach it.
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, module: str, *arguments: str, program: Sequence[str] = (sys.executable, "-m")) -> None:
         self._module = module
-        self._command = [sys.executable, "-m", module, *arguments]
+        self._command = [*program, module, *arguments]
         self._words: list[str] = []
 
     async def __aenter__(self) -> Self:
