@@ -119,18 +119,19 @@ def _children_s() -> float:
 _WHO: Final = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
-def markdown(table: Mapping[str, Mapping[str, Mapping[str, float]]], names: Mapping[str, str]) -> str:
-    """Microseconds of CPU per request, and their ratio to the first row's."""
-    first = next(iter(table.values()))
-    columns = list(first)
+def markdown(told: Mapping[str, Any]) -> str:
+    """Microseconds of CPU per request; in parentheses the ratio to the first server's, or the first proxy's: ours."""
+    table: Mapping[str, Mapping[str, Mapping[str, float]]] = told["table"]
+    columns = list(next(iter(table.values())))
     lines = ["| us of CPU per request | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for peer, row in table.items():
-        cells = []
-        for column in columns:
-            cpu_us = row.get(column, {}).get("cpu_us")
-            ratio = f" ({cpu_us / first[column]['cpu_us']:.1f}x)" if cpu_us and row is not first else ""
-            cells.append(f"{cpu_us:,.{0 if cpu_us >= 100 else 1}f}{ratio}" if cpu_us else "")
-        lines.append(f"| {names[peer]} | " + " | ".join(cells) + " |")
+    for names in ([name for name in table if (name in told["proxies"]) is proxy] for proxy in (False, True)):
+        for name in names:
+            cells = []
+            for column in columns:
+                cpu_us, ours_us = (table[each].get(column, {}).get("cpu_us", 0.0) for each in (name, names[0]))
+                ratio = f" ({cpu_us / ours_us:.1f}x)" if cpu_us and name != names[0] else ""
+                cells.append(f"{cpu_us:,.{0 if cpu_us >= 100 else 1}f}{ratio}" if cpu_us else "")
+            lines.append(f"| {told['versions'][name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -169,6 +170,7 @@ async def run(names: Sequence[str], cases: Sequence[Case], seconds: float, round
         "rounds": rounds,
         "seconds": seconds,
         "versions": versions,
+        "proxies": [name for name in table if PEERS[name].is_proxy],
         "table": {name: {case: asdict(figure) for case, figure in row.items()} for name, row in table.items()},
     }
 
@@ -196,7 +198,7 @@ def main() -> int:
         return 1
     if asked.json:
         asked.json.write_text(json.dumps(told, indent=1) + "\n")
-    print(markdown(told["table"], told["versions"]))
+    print(markdown(told))
     return 0
 
 

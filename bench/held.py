@@ -31,6 +31,8 @@ from mesh.loop import new_event_loop
 
 STREAMS_PER_CONNECTION: Final = 100
 _SETTLE_S: Final = 3.0
+_SPARE_S: Final = 3.0
+"""After watching, until the deadlines."""
 _IDLE: Final = Limits(keepalive_s=3_600.0)
 """Clients that send no pings, which is what grpcio's do by default."""
 
@@ -65,7 +67,7 @@ async def streams(pod: LocalPod, pid: int, count: int, seconds: float) -> None:
         LoadError: it ended otherwise than by deadlines.
     """
     connections = max(1, count // STREAMS_PER_CONNECTION)
-    timeout_s = _SETTLE_S + seconds + 3.0
+    timeout_s = _SETTLE_S + seconds + _SPARE_S
     load = Load(
         pod.address, INFER, [message("slow")], connections, count // connections, requests=count, timeout_s=timeout_s
     )

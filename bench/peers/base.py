@@ -128,8 +128,9 @@ class Peer:
 class VenvPeer(Peer):
     """A Python package in a virtual environment of its own."""
 
+    title: ClassVar[str]
     packages: ClassVar[Sequence[str]]
-    """As pip takes them; the first one is what is measured."""
+    """As pip takes them; the first one is what is measured, with its version."""
 
     @property
     def python(self) -> Path:
@@ -141,7 +142,7 @@ class VenvPeer(Peer):
         return f"python -m venv {self.home} && {self.python} -m pip install {' '.join(self.packages)}"
 
     def version(self) -> str:
-        return self.packages[0].partition(" ")[0].replace("==", " ")
+        return f"{self.title} {self.packages[0].partition('==')[2]}"
 
 
 def message(model: str, floats: int = 64) -> bytes:

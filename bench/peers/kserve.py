@@ -12,6 +12,7 @@ _SERVER: Final = Path(__file__).with_name("inside") / "kserve_server.py"
 
 class KServe(VenvPeer):
     name = "kserve"
+    title = "KServe"
     packages = ("kserve==0.21.0", "onnxruntime")
 
     def command(self) -> list[str]:

@@ -14,6 +14,7 @@ _MODEL: Final = Path(__file__).with_name("inside") / "mlserver_model.py"
 
 class MLServer(VenvPeer):
     name = "mlserver"
+    title = "MLServer"
     packages = ("mlserver==1.7.1", "uvloop==0.21.0", "onnxruntime")  # with a newer uvloop its workers die
 
     def command(self) -> list[str]:

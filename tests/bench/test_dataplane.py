@@ -30,11 +30,24 @@ async def test_a_table_from_one_run(tmp_path: Path, capfd: pytest.CaptureFixture
         for figure in row.values():
             assert figure["cpu_us"] > 0
             assert figure["per_second"] > 0
-    lines = markdown(told["table"], told["versions"]).splitlines()
+    lines = markdown(told).splitlines()
     assert lines[0] == "| us of CPU per request | 291 B 2x2 | MLP 1x1 |"
     assert lines[2].startswith("| densemesh, h2 | ")
     assert lines[3].startswith("| grpc.aio ")
     assert lines[3].endswith("x) |  |")
+
+
+def test_ratios_are_to_ours() -> None:
+    """Of servers to our hit, of proxies to our hop; what a peer does not serve stays empty."""
+    figures = {"a": {"x": {"cpu_us": 20.0}, "y": {"cpu_us": 10.0}}, "b": {"x": {"cpu_us": 150.0}}}
+    figures |= {"p": {"x": {"cpu_us": 30.0}}, "q": {"x": {"cpu_us": 60.0}}}
+    told = {"table": figures, "versions": {name: name.upper() for name in figures}, "proxies": ["p", "q"]}
+    assert markdown(told).splitlines()[2:] == [
+        "| A | 20.0 | 10.0 |",
+        "| B | 150 (7.5x) |  |",
+        "| P | 30.0 |  |",
+        "| Q | 60.0 (2.0x) |  |",
+    ]
 
 
 async def test_answers_are_compared(tmp_path: Path) -> None:
