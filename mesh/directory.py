@@ -21,7 +21,7 @@ MAX_ID_BYTES: Final = 512
 _MISS_TTL_S: Final = 1.0
 _MISSES: Final = 10_000
 
-_NAMING: Final = frozenset(
+NAMING: Final = frozenset(
     f"{key}{suffix}" for key in ("mm-model-id", "mm-vmodel-id", "mm-required") for suffix in ("", "-bin")
 )
 """Headers that say which model a call means."""
@@ -75,14 +75,19 @@ class Directory:
         if named is None:
             named = call.memo[_NAMED] = _named(call)
         kind, name = named
-        view = self._view
         if not kind:
-            name = peek_string(message, field_number) or ""
-        if kind != _MODEL:
-            vmodel = view.vmodels.get(name)
-            if vmodel is not None:
-                return vmodel.active
-        return name if kind != _VMODEL and name in view.models else None
+            return self.known_name(peek_string(message, field_number) or "")
+        if kind == _MODEL:
+            return name if name in self._view.models else None
+        vmodel = self._view.vmodels.get(name)
+        return vmodel.active if vmodel is not None else None
+
+    def known_name(self, name: str) -> ModelId | None:
+        """What `named` says, if that is in the view."""
+        vmodel = self._view.vmodels.get(name)
+        if vmodel is not None:
+            return vmodel.active
+        return name if name in self._view.models else None
 
     async def named(self, name: str) -> ModelId:
         """The active model of the vmodel of that name if there is one, else the model of that name.
@@ -148,7 +153,7 @@ def _named(call: Call) -> tuple[str, str]:
     Raises:
         InvalidRequest
     """
-    if call.keys is not None and call.keys.isdisjoint(_NAMING):
+    if call.keys is not None and call.keys.isdisjoint(NAMING):
         return "", ""
     models, vmodels = call.texts(_MODEL), call.texts(_VMODEL)
     if call.texts("mm-required") or len(models) + len(vmodels) > 1:

@@ -1,7 +1,7 @@
 """The engine's only caller: events go in, actions are carried out, their outcomes go in again as events.
 
 Everything here runs on the event loop's thread except what frameworks do: sizing, loading and unloading in `loading`
-threads, and inference in `workers`, unless it is so short that it runs here.
+threads, and inference where `batcher` has it run.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Final, TypeVar, assert_never
 
 from loaders import loader_for
 from loaders.artifacts import resolve
-from loaders.base import Artifact, LoadedModel, LoaderError
+from loaders.base import Artifact, LoaderError
 from mesh import __version__
+from mesh.batcher import Batcher
 from mesh.errors import ModelNotFound
-from mesh.plans import Plans
 from mesh.publisher import Publisher
 from mesh.repository import ModelSettings, from_key
+from mesh.resident import Resident
 from mesh.workers import InLine, Workers
 from placement.cache import Copy
 from placement.engine import Engine
@@ -64,15 +64,6 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A model in memory, and what was registered with it."""
-
-    model: LoadedModel
-    settings: ModelSettings
-    plans: Plans = field(default_factory=Plans)
-
-
 class Driver:
     """Carries out what the engine decides."""
 
@@ -106,6 +97,7 @@ class Driver:
         loop = asyncio.get_running_loop()
         self._workers = Workers(run_threads, loop)
         self.in_line = InLine(loop)
+        self.batcher = Batcher(self._workers, self.in_line, engine.pin, self.unpin)
 
     def lead_with(
         self,
@@ -144,26 +136,6 @@ class Driver:
 
     def unpin(self, copy: Copy) -> None:
         self._decide(self.engine.unpin, copy)
-
-    async def run(self, copy: Copy, work: Callable[[], T], size_bytes: int) -> T:
-        """Run a model on a request of about this size, on a copy that the caller has pinned: here and now if that is
-        known to be fast and nobody waits for a thread, else in a thread.
-
-        A thread cannot be stopped: the copy stays pinned until it has ended, which may be after the caller was
-        cancelled. What no thread has begun by then is never begun.
-        """
-        pace = self.in_line.pace(copy.model.model_id, size_bytes)
-        if pace.in_line and self.in_line.has_time and not self._workers.is_queueing:
-            return self.in_line.run(pace, work)
-        self.engine.pin(copy)
-        job = self._workers.submit(work, pace)
-        try:
-            return await job.future
-        finally:
-            if job.ended or job.withdraw():
-                self.unpin(copy)
-            else:
-                job.on_end(lambda: self.unpin(copy))
 
     # Events and actions
 

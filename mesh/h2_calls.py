@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import types
 from asyncio.tasks import _enter_task, _leave_task
-from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Final, Generic, TypeVar
 
@@ -120,45 +119,20 @@ def _resumed(
         return value
 
 
-class Incoming:
-    """The messages of a streaming call, as its handler reads them."""
+class Running:
+    """A call whose handler waits for something."""
 
-    def __init__(self, head: RequestHead, most_bytes: int, on_taken: Callable[[], None]) -> None:
-        self._head = head
-        self._most_bytes = most_bytes
-        self._on_taken = on_taken
-        self._messages: deque[tuple[bytes, bool]] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._ended = False
-        self.size = 0
-        """Bytes of messages that were not taken."""
+    __slots__ = ("incoming", "task", "timer")
 
-    def put(self, message: bytes, *, compressed: bool) -> None:
-        self._messages.append((message, compressed))
-        self.size += len(message)
-        self._wake()
+    def __init__(self, task: asyncio.Task[None] | Spare[bytes], incoming: Any = None) -> None:
+        self.task = task
+        self.incoming = incoming
+        self.timer: asyncio.TimerHandle | None = None
 
-    def end(self) -> None:
-        self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def __aiter__(self) -> Incoming:
-        return self
-
-    async def __anext__(self) -> bytes:
-        while not self._messages:
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        message, compressed = self._messages.popleft()
-        self.size -= len(message)
-        self._on_taken()
-        return await inflated(message, self._head, self._most_bytes) if compressed else message
+    def cancel(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.task.cancel()
 
 
 async def inflated(message: bytes, head: RequestHead, most_bytes: int) -> bytes:

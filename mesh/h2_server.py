@@ -72,7 +72,7 @@ class H2Server:
 
     async def start(self, handlers: Handlers) -> None:
         """Begin to take calls."""
-        self._shared.handlers = handlers
+        self._shared.serve(handlers)
         loop = asyncio.get_running_loop()
         for bound in self._sockets:
             bound.setblocking(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Final, Generic, TypeVar
 
 from mesh.h2_calls import Spare
@@ -10,7 +11,7 @@ from mesh.http2.grpc import fields_of
 from mesh.http2.hpack_encoder import literal
 from mesh.http2.limits import Limits
 from mesh.http2.server import RESPONSE
-from mesh.rpc import Call, Handlers
+from mesh.rpc import Call, Handlers, Quick, Relay, Stream, Unary
 
 P = TypeVar("P")
 """A connection's protocol."""
@@ -19,17 +20,41 @@ _PLAIN_HEAD: Final = literal(RESPONSE)
 _KEPT_HEADS: Final = 1_024
 
 
+TAKEN: Final = object()
+"""Owner of streams whose call a `Quick` has taken."""
+
+
+class Method:
+    """A unary method: who serves it, and who is asked first."""
+
+    __slots__ = ("handler", "quick", "relay")
+
+    def __init__(self, handler: Unary, quick: Quick | None, relay: Relay | None) -> None:
+        self.handler = handler
+        self.quick = quick
+        self.relay = relay
+
+
 class Shared(Generic[P]):
     """What the connections of one server share."""
 
     def __init__(self, limits: Limits, default_timeout_s: float) -> None:
         self.limits = limits
         self.default_timeout_s = default_timeout_s
-        self.handlers = Handlers()
+        self.methods: dict[str, Method] = {}
+        self.streams: Mapping[str, Stream] = {}
         self.connections: set[P] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self._spares: list[Spare[bytes]] = []
         self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
+
+    def serve(self, handlers: Handlers) -> None:
+        """What new connections are for."""
+        self.methods = {
+            path: Method(unary, handlers.quick.get(path), handlers.relays.get(path))
+            for path, unary in handlers.unary.items()
+        }
+        self.streams = handlers.streams
 
     def spare(self, loop: asyncio.AbstractEventLoop) -> Spare[bytes]:
         """A task for a handler's first step; given back with `keep` if it was not needed longer."""

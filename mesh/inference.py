@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from loaders.base import InferError, LoadedModel, LoaderError, Tensor
+from loaders.base import LoaderError, Tensor
 from mesh import __version__
 from mesh.directory import Directory, check_id
 from mesh.driver import Driver, settings_of
-from mesh.errors import InvalidRequest, MeshError, ModelFailed, ModelNotFound, Unimplemented
-from mesh.plans import answered, learn
+from mesh.errors import InvalidRequest, MeshError, ModelNotFound, Unimplemented
+from mesh.plans import answered, learn, split
 from mesh.repository import ModelSettings
 from mesh.residency import Residency, overall
 from mesh.router import MODEL, Router
@@ -28,8 +27,6 @@ from protos import inference_pb2 as pb
 
 SERVICE: Final = "/inference.GRPCInferenceService/"
 INFER: Final = SERVICE + "ModelInfer"
-
-log = logging.getLogger(__name__)
 
 EXTENSIONS: Final = ("model_repository", "model_repository(unload_dependents)", "parameters")
 
@@ -97,11 +94,16 @@ class Inference:
     async def _infer_here(self, copy: Copy, call: Call, message: bytes) -> bytes:
         """Decode, run, encode. `model_name` of the response is the name the client asked for."""
         resident = self._driver.resident(copy.model.model_id)
-        key, plan, id_field, inputs = resident.plans.find(message)
+        found = split(message)
+        if found is None:
+            return await self._infer_unplanned(copy, call, message, None)
+        key, _, id_field, tensors = found
+        plan = resident.plans.get(key, tensors)
         if plan is None:
             return await self._infer_unplanned(copy, call, message, key)
-        model, outputs = resident.model, plan.outputs
-        results = await self._driver.run(copy, lambda: _infer(model, inputs, outputs), len(message))
+        results = await self._driver.batcher.run(
+            copy, resident, plan.arrays(tensors), plan.outputs, len(message), call.deadline
+        )
         response = answered(plan, id_field, results)
         if response is None:
             request, version = decode(message), resident.settings.version
@@ -118,7 +120,7 @@ class Inference:
         _check_batch(inputs, resident.settings)
         if key is not None:
             resident.plans.keep(key, request, inputs, outputs)
-        results = await self._driver.run(copy, lambda: _infer(resident.model, inputs, outputs), len(message))
+        results = await self._driver.batcher.run(copy, resident, inputs, outputs, len(message), call.deadline)
         asked = request.model_name or asked_name(call, copy.model.model_id)
         return encode(request, results, model_name=asked, model_version=resident.settings.version)
 
@@ -237,17 +239,6 @@ def _in_band(error: str, message: bytes) -> bytes:
 def asked_name(call: Call, model_id: ModelId) -> str:
     """The name in ModelMesh's headers, for clients that leave the message's name empty."""
     return next(iter(call.texts("mm-vmodel-id") or call.texts("mm-model-id")), model_id)
-
-
-def _infer(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-    """Run the model. Whatever it raises is this request's failure, not the pod's."""
-    try:
-        return model.infer(inputs, outputs)
-    except InferError as error:
-        raise (InvalidRequest if error.bad_input else ModelFailed)(str(error)) from None
-    except Exception as error:
-        log.exception("a model broke")
-        raise ModelFailed(f"the model broke: {type(error).__name__}: {error}") from None
 
 
 def _check_version(asked: str, settings: ModelSettings, model_id: ModelId) -> None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from http.server import ThreadingHTTPServer
-from itertools import accumulate
 from typing import Final
 
 from prometheus_client import CollectorRegistry, MetricsHandler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from mesh.errors import Code, MeshError
+from mesh.histogram import Histogram
 from mesh.rpc import Call, Handlers, Unary
 from mesh.workers import InLine
 from placement.engine import Engine
@@ -29,35 +27,16 @@ _POLL_S: Final = 0.1
 """How often the server looks whether it should end (start_http_server: every half second)."""
 
 
-class _Cell:
-    """One histogram. prometheus_client's takes a lock twice for each observation; this one is written by the loop's
-    thread only, and a scrape in between may miss the last observation."""
-
-    __slots__ = ("counts", "sum_s")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(_BUCKETS_S) + 1)
-        self.sum_s = 0.0
-
-    def observe(self, elapsed_s: float) -> None:
-        self.counts[bisect_left(_BUCKETS_S, elapsed_s)] += 1
-        self.sum_s += elapsed_s
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, as Prometheus has them."""
-        bounds = [*map(floatToGoString, _BUCKETS_S), "+Inf"]
-        return list(zip(bounds, accumulate(map(float, self.counts)), strict=True))
-
-
 class Metrics(Collector):
     """The metrics of one pod, in a registry of its own so that several pods fit in one process."""
 
-    def __init__(self, engine: Engine, in_line: InLine | None = None) -> None:
+    def __init__(self, engine: Engine, in_line: InLine | None = None, batch_sizes: Histogram | None = None) -> None:
         self._engine = engine
         self._in_line = in_line
+        self._batch_sizes = batch_sizes
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
-        self._cells: dict[tuple[str, Code], _Cell] = {}
+        self._cells: dict[tuple[str, Code], Histogram] = {}
 
     def timed(self, handlers: Handlers) -> Handlers:
         """The same handlers, observed."""
@@ -83,12 +62,13 @@ class Metrics(Collector):
 
     def observe(self, method: str, code: Code, elapsed_s: float) -> None:
         """A call has ended."""
-        self._cell(method, code).observe(elapsed_s)
+        self.cell(method, code).observe(elapsed_s)
 
-    def _cell(self, method: str, code: Code) -> _Cell:
+    def cell(self, method: str, code: Code) -> Histogram:
+        """The histogram of an RPC's calls that end with this status."""
         cell = self._cells.get((method, code))
         if cell is None:
-            cell = self._cells[method, code] = _Cell()
+            cell = self._cells[method, code] = Histogram(_BUCKETS_S)
         return cell
 
     def collect(self) -> Iterator[Metric]:
@@ -119,6 +99,10 @@ class Metrics(Collector):
         yield self._request_seconds()
         if self._in_line is not None:
             yield from _in_line(self._in_line)
+        if self._batch_sizes is not None:
+            sizes = HistogramMetricFamily("densemesh_batch_size", "Requests in one run of a model.")
+            sizes.add_metric((), self._batch_sizes.buckets(), self._batch_sizes.sum)
+            yield sizes
 
     def _request_seconds(self) -> HistogramMetricFamily:
         family = HistogramMetricFamily(
@@ -127,7 +111,7 @@ class Metrics(Collector):
             labels=("method", "code"),
         )
         for (method, code), cell in list(self._cells.items()):
-            family.add_metric((method, code.name), cell.buckets(), cell.sum_s)
+            family.add_metric((method, code.name), cell.buckets(), cell.sum)
         return family
 
 

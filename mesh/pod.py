@@ -18,9 +18,10 @@ from mesh import metrics, reflection
 from mesh.config import Config, reachable_host
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
-from mesh.errors import MeshError
+from mesh.errors import Code, MeshError
 from mesh.frontends import Server, open_client, open_server
 from mesh.health import Health
+from mesh.hits import Hits
 from mesh.inference import INFER, Inference
 from mesh.management import Management
 from mesh.mirror import Mirror
@@ -183,7 +184,8 @@ class Pod:
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
-        observed = metrics.Metrics(engine, driver.in_line)
+        observed = metrics.Metrics(engine, driver.in_line, driver.batcher.sizes)
+        hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(
             Inference(driver, router, directory, residency, self.serving.is_set).handlers()
             | management.handlers()
@@ -191,7 +193,7 @@ class Pod:
             | Handlers(streams=dict.fromkeys(REFLECTION, _reflect))
         )
         relay = ModelRelay(engine, router, directory, client, partial(observed.observe, "ModelInfer"))
-        handlers |= Handlers(relays={INFER: relay})
+        handlers |= Handlers(relays={INFER: relay}, quick={INFER: hits.take})
         return _Parts(driver, publisher, mirror, management, observed, handlers)
 
     async def _start(self, parts: _Parts, server: Server, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:

@@ -28,6 +28,7 @@ CONFIG_FILE: Final = "config.pbtxt"
 MAX_CONFIG_BYTES: Final = 1 << 20
 MAX_KEY_CHARS: Final = 64 << 10
 MAX_ID_CHARS: Final = 253
+MAX_QUEUE_DELAY_US: Final = 10_000_000
 
 IMPLEMENTATIONS: Final[dict[str, str]] = {"mlserver_sklearn.SKLearnModel": "sklearn"}
 """MLServer's runtimes whose model files one of our formats reads."""
@@ -50,6 +51,12 @@ class ModelSettings:
     version: str = ""
     max_batch_size: int = 0
     """Largest first dimension the model takes; 0: not told."""
+    max_queue_delay_us: int = 0
+    """How long a request may wait for others to be run with."""
+    preferred_batch_sizes: tuple[int, ...] = ()
+    """Rows for which no request waits any longer; empty: `max_batch_size`."""
+    one_by_one: bool = False
+    """Requests are never run together, even if the model is found to answer row by row (`mesh.rowwise`)."""
     storage_key: str = ""
     """This and what follows: written into the key by ModelMesh's controller."""
     storage_params: Mapping[str, Any] = field(default_factory=dict)
@@ -135,7 +142,10 @@ def from_key(key: str) -> ModelSettings:
         inputs=_specs("key: inputs", shown.get("inputs")),
         outputs=_specs("key: outputs", shown.get("outputs")),
         version=_text("key: version", shown.get("version")),
-        max_batch_size=_batch_size("key", shown.get("max_batch_size")),
+        max_batch_size=_count("key", "max_batch_size", shown.get("max_batch_size")),
+        max_queue_delay_us=_delay_us("key", shown.get("max_queue_delay_us")),
+        preferred_batch_sizes=_sizes("key", shown.get("preferred_batch_sizes")),
+        one_by_one=_flag("key", "one_by_one", shown.get("one_by_one")),
         storage_key=_text("key: storage_key", shown.get("storage_key")),
         storage_params=_object("key: storage_params", shown.get("storage_params")),
         schema_path=_text("key: schema_path", shown.get("schema_path")),
@@ -183,7 +193,10 @@ def _model(directory: Path) -> RepositoryModel:
         inputs=_specs(f"{where}: inputs", declared.get("inputs")),
         outputs=_specs(f"{where}: outputs", declared.get("outputs")),
         version=_text(f"{where}: parameters.version", details.get("version")) or version,
-        max_batch_size=_batch_size(where, declared.get("max_batch_size")),
+        max_batch_size=_count(where, "max_batch_size", declared.get("max_batch_size")),
+        max_queue_delay_us=_delay_us(where, declared.get("max_queue_delay_us"), declared.get("max_batch_time")),
+        preferred_batch_sizes=_sizes(where, declared.get("preferred_batch_sizes")),
+        one_by_one=_flag(where, "one_by_one", declared.get("one_by_one")),
         placement=_placement(f"{where}: parameters", details.get("placement")),
     )
 
@@ -250,6 +263,9 @@ def _as_settings(config: ModelConfig | None, directory: Path) -> dict[str, Any]:
         "inputs": [_as_spec(tensor, batch) for tensor in config.input],
         "outputs": [_as_spec(tensor, batch) for tensor in config.output],
         "max_batch_size": config.max_batch_size,
+        "max_queue_delay_us": config.dynamic_batching.max_queue_delay_microseconds,
+        "preferred_batch_sizes": list(config.dynamic_batching.preferred_batch_size),
+        "one_by_one": config.max_batch_size == 0,  # the model has no batch dimension
         "parameters": {"uri": config.default_model_filename},
     }
 
@@ -281,10 +297,10 @@ def _text(where: str, value: Any) -> str:
     return value or ""
 
 
-def _batch_size(where: str, value: Any) -> int:
+def _count(where: str, name: str, value: Any) -> int:
     if value is not None and (type(value) is not int or not 0 <= value < 1 << 31):
-        raise ValueError(f"{where}: max_batch_size is not a number from 0")
-    return value or 0
+        raise ValueError(f"{where}: {name} is not a number from 0")
+    return int(value or 0)
 
 
 def _placement(where: str, value: Any) -> dict[str, Any]:
@@ -294,6 +310,32 @@ def _placement(where: str, value: Any) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return told
+
+
+def _delay_us(where: str, value: Any, seconds: Any = None) -> int:
+    """`max_queue_delay_us`, or MLServer's `max_batch_time` in seconds."""
+    if seconds is not None:
+        if value is not None:
+            raise ValueError(f"{where}: both max_queue_delay_us and max_batch_time: keep one")
+        if type(seconds) not in (int, float) or not 0 <= seconds <= MAX_QUEUE_DELAY_US / 1e6:
+            raise ValueError(f"{where}: max_batch_time is not a number of seconds up to {MAX_QUEUE_DELAY_US / 1e6:.0f}")
+        return round(float(seconds) * 1e6)
+    delay_us = _count(where, "max_queue_delay_us", value)
+    if delay_us > MAX_QUEUE_DELAY_US:
+        raise ValueError(f"{where}: max_queue_delay_us is {delay_us}, expected at most {MAX_QUEUE_DELAY_US}")
+    return delay_us
+
+
+def _sizes(where: str, value: Any) -> tuple[int, ...]:
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{where}: preferred_batch_sizes is not a list")
+    return tuple(sorted({_count(where, "preferred_batch_sizes", size) for size in value or ()} - {0}))
+
+
+def _flag(where: str, name: str, value: Any) -> bool:
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{where}: {name} is neither true nor false")
+    return bool(value)
 
 
 def _specs(where: str, value: Any) -> tuple[TensorSpec, ...]:

@@ -69,15 +69,31 @@ class Router:
         """
         if call.begun is not None:
             return call.begun[0], Hop.CLIENT
-        if not self.is_from_a_pod(call):
-            return await self._directory.resolve(call, message, field_number), Hop.CLIENT
-        hops, models = call.texts(HOP), call.texts(MODEL.removesuffix("-bin"))
-        if hops and models:
-            known, created = self._engine.view.models.get(models[0]), call.texts(CREATED)
-            if created and created[0].isdecimal() and (known is None or known.created < int(created[0])):
-                await self._directory.refresh(models[0])
-            return models[0], Hop.LOAD_HERE if hops[0] == Hop.LOAD_HERE.value else Hop.HIT_ONLY
+        known = self.known(call, message, field_number)
+        if known is not None:
+            return known
+        told = call.texts(MODEL.removesuffix("-bin"))
+        if told and call.texts(HOP):
+            await self._directory.refresh(told[0])
+            return told[0], _hop(call)
         return await self._directory.resolve(call, message, field_number), Hop.CLIENT
+
+    def known(self, call: Call, message: bytes, field_number: int) -> tuple[ModelId, Hop] | None:
+        """What `model_of` says where nobody has to be asked for it.
+
+        Raises:
+            InvalidRequest
+        """
+        if call.keys is not None and HOP not in call.keys and _HOP_BINARY not in call.keys:
+            model_id = self._directory.known(call, message, field_number)
+            return None if model_id is None else (model_id, Hop.CLIENT)
+        told = call.texts(MODEL.removesuffix("-bin"))
+        if not told or not call.texts(HOP):
+            return None
+        known, created = self._engine.view.models.get(told[0]), call.texts(CREATED)
+        if created and created[0].isdecimal() and (known is None or known.created < int(created[0])):
+            return None
+        return told[0], _hop(call)
 
     async def walk(
         self, call: Call, message: bytes, model_id: ModelId, hop: Hop, local: Local, used_ms: int | None = None
@@ -226,6 +242,10 @@ def passed_on(metadata: Metadata) -> Metadata:
     return tuple(
         [pair for pair in metadata if not pair[0].startswith(_NOT_FORWARDED) and pair[0] not in _OF_THE_CONNECTION]
     )
+
+
+def _hop(call: Call) -> Hop:
+    return Hop.LOAD_HERE if call.texts(HOP)[0] == Hop.LOAD_HERE.value else Hop.HIT_ONLY
 
 
 def _failure(copy: Copy) -> MeshError:

@@ -95,6 +95,37 @@ class Relay(Protocol):
         ...
 
 
+class Head(Protocol):
+    """What calls with the same headers have in common."""
+
+    path: str
+    metadata: tuple[tuple[str, str | bytes], ...]
+    keys: frozenset[str]
+    memo: dict[str, Any]
+    """For what follows from the headers alone."""
+
+
+class Caller(Protocol):
+    """A connection whose calls were taken by a `Quick`; `call` is what it handed over with each."""
+
+    def settle(self, call: Any, headers: tuple[tuple[str, str], ...], response: bytes) -> None:
+        """Answer a call; `flush` sends it."""
+        ...
+
+    def give_back(self, call: Any, message: bytes) -> None:
+        """The call is the handler's after all."""
+        ...
+
+    def flush(self) -> None:
+        """Send what was answered."""
+        ...
+
+
+Quick = Callable[[Caller, Any, Head, bytes, float], bool]
+"""Takes a unary call (caller, call, head, message, deadline) that can be answered in this turn of the loop, without a
+handler; False: it did not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Handlers:
     """What a server serves, by full method path."""
@@ -103,10 +134,15 @@ class Handlers:
     streams: Mapping[str, Stream] = field(default_factory=dict)
     relays: Mapping[str, Relay] = field(default_factory=dict)
     """Of some unary methods."""
+    quick: Mapping[str, Quick] = field(default_factory=dict)
+    """For some of the unary methods: what front ends that can do so ask first."""
 
     def __or__(self, other: Handlers) -> Handlers:
         return Handlers(
-            {**self.unary, **other.unary}, {**self.streams, **other.streams}, {**self.relays, **other.relays}
+            {**self.unary, **other.unary},
+            {**self.streams, **other.streams},
+            {**self.relays, **other.relays},
+            {**self.quick, **other.quick},
         )
 
 

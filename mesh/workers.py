@@ -8,12 +8,13 @@ TURN_S and one run in a turn, and a run longer than SLOW_S sends the model back 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -27,21 +28,35 @@ threads."""
 _ENTER: Final = 8
 _MOST: Final = 16
 _PENALTY: Final = -64
-"""As many fast runs in threads, and _ENTER more, bring a model back in line."""
+"""As many fast runs in threads, and _ENTER more, bring a model back in line;"""
+_BAR_S: Final = 1.0
+"""or one alone after this time, which doubles up to"""
+_MOST_BAR_S: Final = 64.0
 
 
 class Pace:
     """How fast a model was with requests of one order of magnitude. Written by the loop and the threads without a lock:
     a count that is lost does no harm."""
 
-    __slots__ = ("in_line", "score")
+    __slots__ = ("_bar_s", "_barred_until_s", "_best_s", "in_line", "score", "typical_s")
 
     def __init__(self) -> None:
         self.score = 0
         self.in_line = False
+        self.typical_s = 0.0
+        """A run's time, of late."""
+        self._best_s = math.inf
+        """Of the runs since it left the line."""
+        self._bar_s = _BAR_S
+        self._barred_until_s = math.inf
+
+    def enter(self) -> None:
+        """Run on the loop from now on."""
+        self.in_line, self.score = True, _ENTER
 
     def measured(self, elapsed_s: float) -> None:
-        """Fast runs count up, slow ones down twice: a thread's run may have waited for the interpreter lock."""
+        """Fast runs count up, slow ones down twice: any run may have waited for the interpreter lock."""
+        self.typical_s += (elapsed_s - self.typical_s) / 8
         if elapsed_s < FAST_S:
             if self.score < _MOST:
                 self.score += 1
@@ -50,7 +65,24 @@ class Pace:
         else:
             self.score = max(self.score - (2 if elapsed_s < SLOW_S else 8), _PENALTY)
             if self.in_line and self.score < 0:
-                self.in_line, self.score = False, _PENALTY
+                self._leave()
+        if not self.in_line:
+            self._best_s = min(self._best_s, elapsed_s)
+            if self._best_s < FAST_S and time.perf_counter() > self._barred_until_s:
+                self.enter()
+
+    def _leave(self) -> None:
+        """Back to the threads. Where they are busy a fast model does not look like one, so it is given another chance
+        after a while, and a longer while each time, if any run was fast."""
+        self.in_line, self.score, self._best_s = False, _PENALTY, math.inf
+        self._barred_until_s = time.perf_counter() + self._bar_s
+        self._bar_s = min(2 * self._bar_s, _MOST_BAR_S)
+
+
+class Measured(Protocol):
+    """Is told how long a run took."""
+
+    def measured(self, elapsed_s: float) -> None: ...
 
 
 class InLine:
@@ -78,6 +110,25 @@ class InLine:
             pace = paces[magnitude] = Pace()
         return pace
 
+    def together(self, model_id: str, size_bytes: int, count: int) -> tuple[int, Pace]:
+        """How many of so many requests of this size may run as one in line, 0: not even one; and the pace of that.
+
+        Twice as many are tried unmeasured where that is sure to be fast.
+        """
+        pace = self.pace(model_id, size_bytes)
+        if not pace.in_line:
+            return 0, pace
+        most = 1
+        while most < count:
+            larger = self.pace(model_id, 2 * most * size_bytes)
+            if not larger.in_line:
+                if larger.score or pace.typical_s > FAST_S / 2:
+                    break
+                larger.enter()
+                larger.typical_s = 2 * pace.typical_s
+            pace, most = larger, 2 * most
+        return min(most, count), pace
+
     def forget(self, model_id: str) -> None:
         """The model is not in memory any more; another may come under its name."""
         self._paces.pop(model_id, None)
@@ -87,21 +138,24 @@ class InLine:
         """Whether this turn of the loop has time for another run."""
         return self._turn_s < TURN_S
 
-    def run(self, pace: Pace, work: Callable[[], T]) -> T:
+    def run(self, pace: Measured, work: Callable[[], T]) -> T:
         """Run now; whatever the work raises is raised."""
-        if not self._turning:
-            self._turning = True
-            self._loop.call_later(TURN_S, self._next_turn)  # call_soon, at every turn, would cost as much as a run
         started = time.perf_counter()
         try:
             return work()
         finally:
-            elapsed_s = time.perf_counter() - started
-            pace.measured(elapsed_s)
-            self.runs += 1
-            self._turn_s += elapsed_s
-            if elapsed_s > self.longest_run_s:
-                self.longest_run_s = elapsed_s
+            self.ran(pace, time.perf_counter() - started)
+
+    def ran(self, pace: Measured, elapsed_s: float) -> None:
+        """A run was made on the loop."""
+        if not self._turning:
+            self._turning = True
+            self._loop.call_later(TURN_S, self._next_turn)  # call_soon, at every turn, would cost as much as a run
+        pace.measured(elapsed_s)
+        self.runs += 1
+        self._turn_s += elapsed_s
+        if elapsed_s > self.longest_run_s:
+            self.longest_run_s = elapsed_s
 
     def _next_turn(self) -> None:
         self.longest_turn_s = max(self.longest_turn_s, self._turn_s)
@@ -114,7 +168,7 @@ class Job(Generic[T]):
 
     __slots__ = ("_on_end", "ended", "future", "pace", "state", "work")
 
-    def __init__(self, work: Callable[[], T], pace: Pace, future: asyncio.Future[T]) -> None:
+    def __init__(self, work: Callable[[], T], pace: Measured, future: asyncio.Future[T]) -> None:
         self.work = work
         self.pace = pace
         self.future = future
@@ -160,7 +214,7 @@ class Workers:
         """Whether work waits for a thread."""
         return not self._queue.empty()
 
-    def submit(self, work: Callable[[], T], pace: Pace) -> Job[T]:
+    def submit(self, work: Callable[[], T], pace: Measured) -> Job[T]:
         """Have a thread do it; the job's future gets the result."""
         job = Job(work, pace, self._loop.create_future())
         self._queue.put(job)

@@ -134,6 +134,14 @@ class Engine:
             return None
         return self._to_holder(model_id, _NOBODY, now_ms)
 
+    def served(self, copy: Copy, times: int, now_ms: int) -> None:
+        """As many requests were served on a LOADED copy without asking `route`, which would have said nothing else."""
+        touch, model_id = self.cache.policy.touch, copy.model.model_id
+        for _ in range(times):
+            touch(model_id, now_ms)
+        copy.used_ms = max(copy.used_ms, now_ms)
+        self.stats.hits += times
+
     def pin(self, copy: Copy) -> None:
         """A request uses the copy, or waits for it: it will not be evicted."""
         copy.pins += 1

@@ -11,7 +11,7 @@ from placement.records import Tier
 @dataclass(slots=True)
 class Stats:
     """Counters since start. Every attempt to place a request, which is a call of `Engine.route`, adds one to one of the
-    first five."""
+    first five; `Engine.served` adds hits."""
 
     hits: int = 0
     """Served here at once."""

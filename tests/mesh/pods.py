@@ -13,10 +13,11 @@ import numpy as np
 
 from loaders.base import LoaderError
 from mesh.config import Config
-from mesh.driver import Driver, Resident
+from mesh.driver import Driver
 from mesh.pod import Pod
 from mesh.registry.base import Change, Commit, Entry, Registry, RegistryError, Session, Snapshot
 from mesh.registry.memory import MemoryRegistry, MemorySession, MemoryStore
+from mesh.resident import Resident
 from placement.lifecycle import CopyState
 from placement.records import CopyStatus, ModelRecord
 from protos import inference_pb2 as v2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loaders.base import Signature, Tensor, TensorSpec
 from loaders.datatypes import DTYPES
 from mesh.errors import MeshError
-from mesh.plans import Plans, answered, learn
+from mesh.plans import Plans, answered, learn, split
 from mesh.tensors import check, decode, encode
 from protos.inference_pb2 import ModelInferRequest
 
@@ -46,14 +46,16 @@ class Planned:
         self.short = 0
 
     def __call__(self, message: bytes) -> bytes | str:
-        key, plan, id_field, inputs = self.plans.find(message)
-        if plan is None:
+        found = split(message)
+        plan = self.plans.get(found[0], found[3]) if found else None
+        if found is None or plan is None:
             answer = the_long_way(message, self.signature)
-            if key is not None and isinstance(answer, bytes):
+            if found is not None and isinstance(answer, bytes):
                 request = decode(message)
-                self.plans.keep(key, request, *check(request, self.signature))
+                self.plans.keep(found[0], request, *check(request, self.signature))
             return answer
-        results = model(inputs, plan.outputs)
+        _, _, id_field, tensors = found
+        results = model(plan.arrays(tensors), plan.outputs)
         response = answered(plan, id_field, results)
         if response is None:
             request = decode(message)
@@ -115,14 +117,18 @@ def test_plans_are_bounded() -> None:
     for n in range(1_000):
         planned(simple(model_name=f"m{n}"))
     assert len(planned.plans._plans) <= 64
-    key, plan, _, _ = planned.plans.find(simple(model_name="m" * 5_000))
-    assert (key, plan) == (None, None)
+    assert split(simple(model_name="m" * 5_000)) is None
 
 
 def test_tensors_are_aligned_and_read_only() -> None:
     planned = Planned(LENIENT)
     planned(simple())
-    _, plan, _, inputs = planned.plans.find(simple())
+    found = split(simple())
+    assert found is not None
+    key, name, _, tensors = found
+    assert name == "m"
+    plan = planned.plans.get(key, tensors)
     assert plan is not None
+    inputs = plan.arrays(tensors)
     assert inputs["x"].flags.aligned
     assert not inputs["x"].flags.writeable

@@ -96,6 +96,19 @@ def test_triton_file_name_version_policy_and_shapes_without_batching(tmp_path: P
     assert model.inputs == (TensorSpec("x", "INT64", ()),)
 
 
+def test_dynamic_batching(tmp_path: Path) -> None:
+    # Triton, docs/user_guide/batcher.md; MLServer, docs/user-guide/adaptive-batching.md
+    config = "max_batch_size: 8 dynamic_batching { preferred_batch_size: [8, 4] max_queue_delay_microseconds: 100 }"
+    lay(tmp_path / "triton", {"m/config.pbtxt": config, "m/1/model.onnx": ""})
+    model = only(tmp_path / "triton")
+    assert (model.max_batch_size, model.max_queue_delay_us, model.preferred_batch_sizes) == (8, 100, (4, 8))
+    assert not model.one_by_one
+    lay(tmp_path / "none", {"m/config.pbtxt": "max_batch_size: 0", "m/1/model.onnx": ""})
+    assert only(tmp_path / "none").one_by_one  # the model has no batch dimension
+    lay(tmp_path / "mlserver", settings(max_batch_size=16, max_batch_time=0.5))
+    assert only(tmp_path / "mlserver").max_queue_delay_us == 500_000
+
+
 @pytest.mark.parametrize("where", ["m", "m/3"])
 def test_mlserver_settings(tmp_path: Path, where: str) -> None:
     lay(tmp_path, {f"{where}/model-settings.json": SETTINGS, f"{where}/model.bin": "", "m/3/model.onnx": ""})
@@ -232,6 +245,9 @@ specs = st.lists(
         outputs=specs,
         version=st.text(),
         max_batch_size=st.integers(0, 2**31 - 1),
+        max_queue_delay_us=st.integers(0, 10_000_000),
+        preferred_batch_sizes=st.sets(st.integers(1, 64)).map(lambda sizes: tuple(sorted(sizes))),
+        one_by_one=st.booleans(),
         storage_key=st.text(),
         storage_params=st.dictionaries(st.text(), st.text(), max_size=2),
         schema_path=st.text(),
@@ -275,6 +291,10 @@ def test_modelmeshs_own_key_is_understood() -> None:
         ('{"inputs": [{"name": "x", "datatype": "FP32", "shape": [true]}]}', "shape is not a list of numbers from -1"),
         ('{"inputs": [{"datatype": "FP32", "shape": []}]}', "key: inputs[0]: name is missing or occurs twice"),
         ('{"max_batch_size": "8"}', "key: max_batch_size is not a number from 0"),
+        ('{"max_queue_delay_us": 10000001}', "key: max_queue_delay_us is 10000001, expected at most 10000000"),
+        ('{"preferred_batch_sizes": 4}', "key: preferred_batch_sizes is not a list"),
+        ('{"preferred_batch_sizes": [-4]}', "key: preferred_batch_sizes is not a number from 0"),
+        ('{"one_by_one": 1}', "key: one_by_one is neither true nor false"),
         ('{"version": 1}', "key: version is not a string"),
         ('{"parameters": 1}', "key: parameters is not a JSON object"),
     ],
