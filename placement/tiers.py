@@ -3,7 +3,7 @@
 Host memory, if exclusive, is a victim cache: what the device gives up is copied down into it, and what is loaded from
 it leaves it, so that a host smaller than the device still adds to it. If inclusive, loads leave a copy in it on their
 way, and the device gives up without copying. What the host gives up goes to disk, unless it lies there already; loads
-from the store leave a copy there (decision 8).
+from the store leave a copy there (decision 7).
 
 Room is made before a transfer starts, by giving up the coldest in that tier. Waiting goes one way only, from the device
 down to the disk, which waits for nothing but drops: so no two transfers wait for each other. Where no room can be made,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
 from placement.cache import Copy
 from placement.engine import Engine
-from placement.holdings import HoldState
 from placement.lifecycle import CopyState
 from placement.limits import Limits
 from placement.messages import (
@@ -35,9 +34,11 @@ from placement.messages import (
     Unpublish,
     Wake,
 )
+from placement.policies.base import EvictionPolicy
 from placement.policies.lru import Lru
 from placement.records import CopyRecord, CopyStatus, ModelId, ModelRecord, PodId, PodRecord, Tier
 from placement.view import ClusterView
+from tests.placement.below import Below
 
 START_MS = 1_000_000
 
@@ -52,11 +53,17 @@ class Pod:
     """One engine, and the work it has given out."""
 
     def __init__(
-        self, capacity_bytes: int = 10, *, pod_id: PodId = "p1", view: ClusterView | None = None, **limits: Any
+        self,
+        capacity_bytes: int = 10,
+        *,
+        pod_id: PodId = "p1",
+        view: ClusterView | None = None,
+        policy: Callable[[], EvictionPolicy] = Lru,
+        **limits: Any,
     ) -> None:
         self.view = ClusterView() if view is None else view
         self.limits = Limits(capacity_bytes, **limits)
-        self.engine = Engine(pod_id, f"{pod_id}:8033", self.limits, self.view, Lru, Random(1))
+        self.engine = Engine(pod_id, f"{pod_id}:8033", self.limits, self.view, policy, Random(1))
         self.cache = self.engine.cache
         self.now_ms = START_MS
         self.estimating: dict[ModelId, ModelRecord] = {}
@@ -64,15 +71,7 @@ class Pod:
         self.memory: dict[ModelId, int] = {}
         """What loaders hold, in true bytes; it goes when an unload has finished."""
         self.unloading: set[ModelId] = set()
-        self.lower: dict[Tier, dict[ModelId, tuple[int, int]]] = {tier: {} for tier in self.engine.copies.lower}
-        """What lies below the device: registration and true bytes; they go when a drop has finished."""
-        self.reading: dict[ModelId, StartLoad] = {}
-        self.keeping: dict[ModelId, Tier] = {}
-        """Unloads that are to leave a copy."""
-        self.demoting: dict[ModelId, Demote] = {}
-        self.dropping: set[tuple[ModelId, Tier]] = set()
-        self.registered: dict[ModelId, int] = {}
-        """The registration of what is in memory."""
+        self.below = Below(self.engine.copies.lower)
         self.published: dict[ModelId, CopyRecord] = {}
         self.wishes: list[EnsureLoaded | SettleVModel] = []
         self._waiters: dict[ModelId, list[Waiter]] = {}
@@ -107,15 +106,15 @@ class Pod:
 
     def finish(self, model_id: ModelId, size_bytes: int, *, keeps: bool = True) -> list[Action]:
         """With `keeps`, all tiers are filled that were to be and have the room."""
-        keep = self.reading[model_id].keep
+        keep = self.below.reading[model_id].keep
         kept = {tier: size_bytes for tier, most in keep.items() if keeps and size_bytes <= most}
         return self.step(LoadFinished(model_id, size_bytes, kept))
 
     def unload(self, model_id: ModelId, *, keeps: bool = True) -> list[Action]:
-        return self.step(UnloadFinished(model_id, keeps and model_id in self.keeping))
+        return self.step(UnloadFinished(model_id, keeps and model_id in self.below.keeping))
 
     def demote(self, model_id: ModelId, *, keeps: bool = True) -> list[Action]:
-        return self.step(Demoted(model_id, self.demoting[model_id].target, keeps))
+        return self.step(Demoted(model_id, self.below.demoting[model_id].target, keeps))
 
     def dropped(self, model_id: ModelId, tier: Tier) -> list[Action]:
         return self.step(HeldDropped(model_id, tier))
@@ -130,9 +129,9 @@ class Pod:
             while copy.pins:
                 self.unpin(copy)
         while self.is_busy:
-            for model_id in list(self.demoting):
+            for model_id in list(self.below.demoting):
                 self.demote(model_id)
-            for model_id, tier in list(self.dropping):
+            for model_id, tier in list(self.below.dropping):
                 self.dropped(model_id, tier)
             for model_id in list(self.estimating):
                 self.step(SizeEstimated(model_id, 2))
@@ -161,7 +160,7 @@ class Pod:
     @property
     def is_busy(self) -> bool:
         """Whether the engine waits for an answer."""
-        return bool(self.estimating or self.loading or self.unloading or self.demoting or self.dropping)
+        return bool(self.estimating or self.loading or self.unloading or self.below.demoting or self.below.dropping)
 
     def started(self, model_id: ModelId) -> StartLoad:
         return StartLoad(self.view.models[model_id])
@@ -176,30 +175,11 @@ class Pod:
     def check(self) -> None:
         """What holds whatever has happened."""
         self.cache.check()
-        self._check_lower()
-        held = {model_id for holdings in self.lower.values() for model_id in holdings}
-        for model_id in self.published.keys() | self.cache.copies.keys() | held:
+        self.below.check(self.memory)
+        for model_id in self.published.keys() | self.cache.copies.keys() | self.below.models():
             assert _gist(self.published.get(model_id)) == _gist(self.engine.copies.published(model_id))
         assert not any(self.copy(model_id).pins for model_id in self.unloading)
         assert set(self.loading) == {m for m in self.cache.copies if self.state(m) is CopyState.LOADING}
-
-    def _check_lower(self) -> None:
-        """True bytes below the device are the books'; with those on their way there they never exceed a tier."""
-        for tier, holdings in self.engine.copies.lower.items():
-            holdings.check()
-            coming = [job.keep.get(tier, 0) for job in self.reading.values()]
-            coming += [self.memory[m] for m, below in self.keeping.items() if below is tier]
-            coming += [self.lower[job.source][m][1] for m, job in self.demoting.items() if job.target is tier]
-            there = {model_id: size_bytes for model_id, (_, size_bytes) in self.lower[tier].items()}
-            assert sum(there.values()) + sum(coming) <= holdings.capacity_bytes
-            lying = (HoldState.HELD, HoldState.DROPPING)
-            assert there == {m: h.size_bytes for m, h in holdings.entries.items() if h.state in lying}
-        for model_id, load in self.reading.items():
-            if load.source is not None:
-                assert self.lower[load.source][model_id][0] == load.model.created, "a load reads what it should not"
-                assert (model_id, load.source) not in self.dropping, "dropped while it is read"
-        for model_id, demotion in self.demoting.items():
-            assert (model_id, demotion.source) not in self.dropping, "dropped while it is copied"
 
     # The shell's part
 
@@ -208,35 +188,21 @@ class Pod:
             case SizeEstimated(model_id, _):
                 self.estimating.pop(model_id)
             case LoadFinished(model_id, size_bytes, kept):
-                created = self.loading.pop(model_id).created
-                del self.reading[model_id]
-                self.memory[model_id], self.registered[model_id] = size_bytes, created
-                for tier, kept_bytes in kept.items():
-                    self._keep(model_id, tier, created, kept_bytes)
-            case LoadFailed(model_id, _, _):
+                self.below.loaded(self.loading.pop(model_id), kept)
+                self.memory[model_id] = size_bytes
+            case LoadFailed(model_id):
                 assert (self.estimating.pop(model_id, None) or self.loading.pop(model_id, None)) is not None
-                self.reading.pop(model_id, None)
-            case UnloadFinished(model_id, was_kept):
+                self.below.reading.pop(model_id, None)
+            case UnloadFinished(model_id, kept_below):
                 self.unloading.remove(model_id)
-                size_bytes = self.memory.pop(model_id)
-                below = self.keeping.pop(model_id, None)
-                if was_kept:
-                    assert below is not None
-                    self._keep(model_id, below, self.registered[model_id], size_bytes)
-            case Demoted(model_id, target, was_kept):
-                source = self.demoting.pop(model_id).source
-                if was_kept:
-                    self._keep(model_id, target, *self.lower[source][model_id])
+                self.below.unloaded(model_id, self.memory.pop(model_id), kept_below)
+            case Demoted(model_id, target, kept_below):
+                self.below.demoted(model_id, target, kept_below)
             case HeldDropped(model_id, tier):
-                self.dropping.remove((model_id, tier))
-                del self.lower[tier][model_id]
+                self.below.dropped(model_id, tier)
         actions = self.engine.step(event, self.now_ms)
         self.carry_out(actions)
         return actions
-
-    def _keep(self, model_id: ModelId, tier: Tier, created: int, size_bytes: int) -> None:
-        assert model_id not in self.lower[tier], "held twice"
-        self.lower[tier][model_id] = created, size_bytes
 
     def carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -248,20 +214,15 @@ class Pod:
                     assert model.model_id not in self.loading.keys() | self.memory.keys(), "loaded twice"
                     assert len(self.loading) < self.limits.load_slots, "more loads than slots"
                     self.loading[model.model_id] = model
-                    self.reading[model.model_id] = action
+                    self.below.reading[model.model_id] = action
                 case StartUnload(model_id, keep):
                     assert model_id in self.memory
                     assert model_id not in self.unloading
                     self.unloading.add(model_id)
                     if keep is not None:
-                        self.keeping[model_id] = keep
-                case Demote(model_id):
-                    assert model_id not in self.demoting
-                    self.demoting[model_id] = action
-                case DropHeld(model_id, tier):
-                    assert model_id in self.lower[tier]
-                    assert (model_id, tier) not in self.dropping
-                    self.dropping.add((model_id, tier))
+                        self.below.keeping[model_id] = keep
+                case Demote() | DropHeld():
+                    self.below.take(action)
                 case Publish(record):
                     self.published[record.model_id] = record
                 case Unpublish(model_id):

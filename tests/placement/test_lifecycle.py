@@ -1,52 +1,116 @@
-"""The table of a copy's life (docs/ARCHITECTURE.md): every move that is not in it raises, and changes nothing."""
+"""The tables of states (docs/ARCHITECTURE.md), of copies and of what lower tiers hold: every move that is not in them
+raises, and changes nothing."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from enum import Enum
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 
-from placement import lifecycle
+from placement import holdings, lifecycle
+from placement.books import Books
 from placement.cache import Cache, Copy
-from placement.lifecycle import IN_FLIGHT, TRANSITIONS, CopyState, IllegalMove, Move, next_state
+from placement.holdings import Holding, Holdings, HoldMove, HoldState
+from placement.lifecycle import IN_FLIGHT, TRANSITIONS, CopyState, IllegalMove, Move, follow
 from placement.policies.lru import Lru
+from placement.records import Tier
 from tests.placement.pods import model_record
 
-LEGAL = [(state, move) for state, moves in TRANSITIONS.items() for move in moves]
-ILLEGAL = [(state, move) for state in CopyState for move in Move if move not in TRANSITIONS[state]]
+
+class Table(NamedTuple):
+    module: ModuleType
+    states: type[Enum]
+    moves: type[Enum]
+    rows: Mapping[Any, Mapping[Any, Any]]
+    books: Callable[[], Books[Any, Any, Any]]
+    entry: Callable[[], Any]
+
+    @property
+    def first(self) -> Enum:
+        return next(iter(self.states))
+
+    @property
+    def gone(self) -> Enum:
+        return self.states["GONE"]
+
+    def way_to(self, target: Enum) -> list[Any]:
+        """The shortest way from the first state."""
+        ways: dict[Enum, list[Any]] = {self.first: []}
+        for state in (todo := [self.first]):
+            for move, after in self.rows[state].items():
+                if after not in ways:
+                    ways[after] = [*ways[state], move]
+                    todo.append(after)
+        return ways[target]
 
 
-def test_every_state_has_a_row() -> None:
-    assert set(TRANSITIONS) == set(CopyState)
+def _copy() -> Copy:
+    return Copy(model_record("m"), since_ms=1, used_ms=1, size_bytes=3, measured_bytes=4)
 
 
-@pytest.mark.parametrize(("state", "move"), LEGAL)
-def test_legal_moves(state: CopyState, move: Move) -> None:
-    assert next_state(state, move) is TRANSITIONS[state][move]
+def _holding() -> Holding:
+    return Holding(Tier.HOST, model_record("m"), 3, since_ms=1, used_ms=1)
 
 
-@pytest.mark.parametrize(("state", "move"), ILLEGAL)
-def test_illegal_moves_raise_and_change_nothing(state: CopyState, move: Move) -> None:
-    cache = Cache(10, Lru())
-    copy = Copy(model_record("m"), since_ms=1, used_ms=1, size_bytes=3, measured_bytes=4)
-    cache.add(copy)
-    for earlier in _way_to(state):
-        cache.move(copy, earlier, 2)
-    before = (repr(cache), repr(copy), copy.since_ms, copy.size_bytes, dict(cache.copies))
+TABLES = {
+    "copy": Table(lifecycle, CopyState, Move, TRANSITIONS, lambda: Cache(10, Lru()), _copy),
+    "holding": Table(holdings, HoldState, HoldMove, holdings.TRANSITIONS, lambda: Holdings(10, Lru()), _holding),
+}
+LEGAL = [(name, state, move) for name, table in TABLES.items() for state in table.states for move in table.rows[state]]
+ILLEGAL = [
+    (name, state, move)
+    for name, table in TABLES.items()
+    for state in table.states
+    for move in table.moves
+    if move not in table.rows[state]
+]
+each_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+
+
+@each_table
+def test_every_state_has_a_row(table: Table) -> None:
+    assert set(table.rows) == set(table.states)
+
+
+@pytest.mark.parametrize(("name", "state", "move"), LEGAL)
+def test_legal_moves(name: str, state: Enum, move: Enum) -> None:
+    table = TABLES[name]
+    books, entry = table.books(), table.entry()
+    books.add(entry)
+    for earlier in (*table.way_to(state), move):
+        books.move(entry, earlier, 2)
+    assert entry.state is follow(table.rows, state, move)
+    books.check()
+
+
+@pytest.mark.parametrize(("name", "state", "move"), ILLEGAL)
+def test_illegal_moves_raise_and_change_nothing(name: str, state: Enum, move: Enum) -> None:
+    table = TABLES[name]
+    books, entry = table.books(), table.entry()
+    books.add(entry)
+    for earlier in table.way_to(state):
+        books.move(entry, earlier, 2)
+    before = (repr(books), repr(entry), entry.since_ms, entry.size_bytes, dict(books.entries))
     with pytest.raises(IllegalMove, match=re.escape(f"no move {move.value!r} from {state.value!r}")):
-        cache.move(copy, move, 3)
-    assert (repr(cache), repr(copy), copy.since_ms, copy.size_bytes, dict(cache.copies)) == before
-    cache.check()
+        books.move(entry, move, 3)
+    assert (repr(books), repr(entry), entry.since_ms, entry.size_bytes, dict(books.entries)) == before
+    books.check()
 
 
-def test_every_state_can_be_reached_and_left_but_for_gone() -> None:
-    for state in CopyState:
-        _way_to(state)
-    assert [state for state, moves in TRANSITIONS.items() if not moves] == [CopyState.GONE]
+@each_table
+def test_every_state_can_be_reached_and_left_but_for_gone(table: Table) -> None:
+    for state in table.states:
+        table.way_to(state)
+    assert [state for state, moves in table.rows.items() if not moves] == [table.gone]
 
 
-def test_every_move_is_used() -> None:
-    assert {move for _, move in LEGAL} == set(Move)
+@each_table
+def test_every_move_is_used(table: Table) -> None:
+    assert {move for moves in table.rows.values() for move in moves} == set(table.moves)
 
 
 def test_in_flight_is_what_leads_to_loaded_without_being_unloaded() -> None:
@@ -56,26 +120,18 @@ def test_in_flight_is_what_leads_to_loaded_without_being_unloaded() -> None:
     assert leads - {CopyState.LOADED} == IN_FLIGHT
 
 
-def test_the_docstrings_diagram_is_the_table() -> None:
-    assert lifecycle.__doc__ is not None
+@each_table
+def test_the_docstrings_diagram_is_the_table(table: Table) -> None:
+    assert table.module.__doc__ is not None
     drawn = {
-        CopyState[state]: {CopyState[name] for name in after.split(" | ")}
-        for state, after in re.findall(r"^ +([A-Z]+) -> ([A-Z |]+)$", lifecycle.__doc__, re.MULTILINE)
+        table.states[state]: {table.states[name] for name in after.split(" | ")}
+        for state, after in re.findall(r"^ +([A-Z]+) -> ([A-Z |]+)$", table.module.__doc__, re.MULTILINE)
     }
-    assert drawn == {state: set(moves.values()) for state, moves in TRANSITIONS.items() if moves}
+    assert drawn == {state: set(moves.values()) for state, moves in table.rows.items() if moves}
 
 
-def test_the_docstring_explains_every_state() -> None:
-    assert lifecycle.__doc__ is not None
-    assert set(re.findall(r"^([A-Z]+) {2,}\S", lifecycle.__doc__, re.MULTILINE)) == {s.name for s in CopyState}
-
-
-def _way_to(target: CopyState) -> list[Move]:
-    """The shortest way from QUEUED."""
-    ways: dict[CopyState, list[Move]] = {CopyState.QUEUED: []}
-    for state in (todo := [CopyState.QUEUED]):
-        for move, after in TRANSITIONS[state].items():
-            if after not in ways:
-                ways[after] = [*ways[state], move]
-                todo.append(after)
-    return ways[target]
+@each_table
+def test_the_docstring_explains_every_state(table: Table) -> None:
+    assert table.module.__doc__ is not None
+    explained = set(re.findall(r"^([A-Z]+) {2,}\S", table.module.__doc__, re.MULTILINE))
+    assert explained == {state.name for state in table.states}
