@@ -128,12 +128,13 @@ class SloDensity:
         self._used.clear()
 
     def _value(self, model_id: ModelId) -> float:
-        entry = self._entries[model_id]
-        worth = entry.worth
-        cost = (
-            self._late(worth.slo_ms - worth.run_ms - worth.reload_ms) + LATENCY_WEIGHT * worth.reload_ms / worth.slo_ms
-        )
-        return entry.rate.per_ms(self._as_of_ms) * cost / max(1, worth.size_bytes)
+        worth = self._entries[model_id].worth
+        late = self._late(worth.slo_ms - worth.run_ms - worth.reload_ms)
+        cost = late + LATENCY_WEIGHT * worth.reload_ms / worth.slo_ms
+        return self._rate(model_id) * cost / max(1, worth.size_bytes)
+
+    def _rate(self, model_id: ModelId) -> float:
+        return self._entries[model_id].rate.per_ms(self._as_of_ms)
 
     def _late(self, slack_ms: float) -> float:
         """The odds that a load waits longer than this for its turn."""

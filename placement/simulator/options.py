@@ -87,3 +87,9 @@ class Options:
     """Each pod has a `ClusterView` of its own, as in production, instead of one shared by all and seen with its lag."""
     trace: bool = True
     """Keep the last events, and a digest of all."""
+
+    @property
+    def first_ms(self) -> float:
+        """When requests begin to arrive: all pods know each other by then."""
+        return 20 * self.write_ms + 4 * self.lag_ms + 1_000
+

@@ -31,7 +31,6 @@ from placement.messages import (
     Unpublish,
     Wake,
 )
-from placement.policies import POLICIES
 from placement.records import (
     CopyRecord,
     ModelId,
@@ -89,7 +88,7 @@ class SimPod:
         self.skew_ms = self.rng.randint(-options.faults.skew_ms, options.faults.skew_ms)
         limits = Limits(options.capacity_bytes, load_slots=options.load_slots)
         self.engine = Engine(
-            self.pod_id, f"{self.pod_id}:8033", limits, self.view, POLICIES[options.policy], Random(self.rng.random())
+            self.pod_id, f"{self.pod_id}:8033", limits, self.view, world.policy, Random(self.rng.random())
         )
         self.memory: dict[ModelId, Resident] = {}
         self.loading: dict[ModelId, ModelRecord] = {}

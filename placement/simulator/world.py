@@ -8,6 +8,8 @@ from random import Random
 from typing import Final
 
 from placement.messages import Hop, LoadOn
+from placement.policies import POLICIES
+from placement.policies.base import EvictionPolicy
 from placement.records import ModelId, ModelRecord, PodId, model_key
 from placement.simulator.chaos import Chaos
 from placement.simulator.checks import Checks, Violation
@@ -28,9 +30,13 @@ _PROBES: Final = 100
 class World:
     """One run; `run` is called once."""
 
-    def __init__(self, options: Options, workload: Workload) -> None:
+    def __init__(
+        self, options: Options, workload: Workload, policy: Callable[[], EvictionPolicy] | None = None
+    ) -> None:
         self.options = options
         self.workload = workload
+        self.policy = policy or POLICIES[options.policy]
+        """Of the device's tier, and of those below."""
         self.models = {model.model_id: model for model in workload.models}
         self.clock = Clock()
         self.trace = Trace() if options.trace else None
@@ -82,13 +88,14 @@ class World:
         options = self.options
         for number, model in enumerate(self.workload.models, 1):
             self.registry.put(
-                model_key(model.model_id), ModelRecord(model.model_id, "sim", f"{model.model_id}/{number}")
+                model_key(model.model_id),
+                ModelRecord(model.model_id, "sim", f"{model.model_id}/{number}", slo_ms=round(model.slo_ms)),
             )
         for number in range(options.pods):
             pod = SimPod(self, number, 1)
             self.pods[pod.pod_id] = pod
             pod.start()
-        self._first = ticks(20 * options.write_ms + 4 * options.lag_ms + 1_000)
+        self._first = ticks(options.first_ms)
         self._counted_from = self._first + int(options.duration_ms * options.warmup * TICKS_PER_MS)
         self._arrivals = self.workload.arrivals()
         self._next = next(self._arrivals, (options.duration_ms, -1))
