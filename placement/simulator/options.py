@@ -92,4 +92,3 @@ class Options:
     def first_ms(self) -> float:
         """When requests begin to arrive: all pods know each other by then."""
         return 20 * self.write_ms + 4 * self.lag_ms + 1_000
-
