@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -19,11 +20,13 @@ from mesh.h2_client import H2Client
 from mesh.local_etcd import LocalEtcd
 from mesh.management import MESH
 from mesh.rpc import Client
-from mesh.tls import Tls
+from mesh.tls import Tls, TlsFiles
 from protos import management_pb2 as pb
 
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 30.0
+_PLAINTEXT: Final = {f"tls_{field.name}": "" for field in fields(TlsFiles)}
+"""Whatever the environment says for other pods."""
 
 
 class ClusterError(Exception):
@@ -88,6 +91,7 @@ class LocalCluster:
 
     def __init__(self, pods: int, settings: Mapping[str, str], *, directory: Path | None = None) -> None:
         """`settings`: flags of `densemesh serve` for every pod, by field name of `Config`."""
+        settings = {**_PLAINTEXT, **settings}
         self._scratch = None if directory else tempfile.TemporaryDirectory(prefix="densemesh-")
         self.directory = directory or Path(self._scratch.name if self._scratch else "")
         self.etcd = LocalEtcd()

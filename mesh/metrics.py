@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from mesh.errors import Code, MeshError
 from mesh.histogram import Histogram
 from mesh.rpc import Call, Handlers, Unary
+from mesh.tls import Tls
 from mesh.workers import InLine
 from placement.engine import Engine
 from placement.lifecycle import CopyState
@@ -30,10 +31,17 @@ _POLL_S: Final = 0.1
 class Metrics(Collector):
     """The metrics of one pod, in a registry of its own so that several pods fit in one process."""
 
-    def __init__(self, engine: Engine, in_line: InLine | None = None, batch_sizes: Histogram | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        in_line: InLine | None = None,
+        batch_sizes: Histogram | None = None,
+        tls: Tls | None = None,
+    ) -> None:
         self._engine = engine
         self._in_line = in_line
         self._batch_sizes = batch_sizes
+        self._tls = tls
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._cells: dict[tuple[str, Code], Histogram] = {}
@@ -103,6 +111,12 @@ class Metrics(Collector):
             sizes = HistogramMetricFamily("densemesh_batch_size", "Requests in one run of a model.")
             sizes.add_metric((), self._batch_sizes.buckets(), self._batch_sizes.sum)
             yield sizes
+        if self._tls is not None and self._tls.until is not None:
+            yield GaugeMetricFamily(
+                "densemesh_tls_certificate_expiry_timestamp_seconds",
+                "When the certificate that this pod shows expires.",
+                value=self._tls.until.timestamp(),
+            )
 
     def _request_seconds(self) -> HistogramMetricFamily:
         family = HistogramMetricFamily(

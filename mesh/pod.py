@@ -34,7 +34,7 @@ from mesh.repository import scan, to_key
 from mesh.residency import Residency
 from mesh.router import Router
 from mesh.rpc import Call, Client, Handlers
-from mesh.tls import TlsError
+from mesh.tls import Tls, TlsError
 from mesh.vmodels import VModels
 from placement.engine import Engine
 from placement.limits import Limits
@@ -87,6 +87,7 @@ class Pod:
         """`registry`: handed in, and closed, by whoever runs several pods in one process."""
         self.config = config
         self._registry = registry
+        self._tls: Tls | None = None
         self._stopping = asyncio.Event()
         self.serving = asyncio.Event()
         """Set while requests are taken."""
@@ -107,7 +108,7 @@ class Pod:
         """
         config = self.config
         try:
-            tls = config.open_tls()
+            self._tls = tls = config.open_tls()
         except TlsError as error:
             raise BadSetting(str(error)) from None
         registry = self._registry or _open(config.registry)
@@ -184,7 +185,7 @@ class Pod:
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
-        observed = metrics.Metrics(engine, driver.in_line, driver.batcher.sizes)
+        observed = metrics.Metrics(engine, driver.in_line, driver.batcher.sizes, self._tls)
         hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(
             Inference(driver, router, directory, residency, self.serving.is_set).handlers()

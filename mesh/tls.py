@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import ssl
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -97,7 +98,9 @@ class Tls:
         """Reload for ever, and log what is amiss. Connections that are open stay as they are."""
         said = ""
         while True:
-            amiss = self.expired()
+            until = self.until
+            expired = until is not None and until < datetime.now(UTC)
+            amiss = f"{_flag('cert')}: {self.files.cert} expired at {until:%Y-%m-%d %H:%M:%SZ}" if expired else ""
             try:
                 if await asyncio.to_thread(self.reload):
                     log.info("certificates have changed; new connections use them")
@@ -109,12 +112,10 @@ class Tls:
             said = amiss
             await asyncio.sleep(_RELOAD_S)
 
-    def expired(self) -> str:
-        """A sentence, if our certificate is no longer valid."""
-        until = expiry(self.pems["cert"])
-        if until is None or until > datetime.now(UTC):
-            return ""
-        return f"{_flag('cert')}: the certificate in {self.files.cert} expired at {until:%Y-%m-%d %H:%M:%SZ}"
+    @property
+    def until(self) -> datetime | None:
+        """When our certificate expires."""
+        return expiry(self.pems["cert"])
 
     def _read(self, field: str) -> bytes:
         path = getattr(self.files, field)
@@ -151,10 +152,8 @@ class Tls:
 
 def expiry(pem: bytes) -> datetime | None:
     """Until when the first certificate is valid, if there is one."""
-    begin, end = pem.find(b"-----BEGIN CERTIFICATE-----"), pem.find(b"-----END CERTIFICATE-----")
-    if begin < 0:
-        return None
-    found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(pem[begin : end + 25].decode("ascii")))
+    block = re.search(rb"-----BEGIN CERTIFICATE-----([^-]+)-----END CERTIFICATE-----", pem)
+    found = _VALIDITY.search(b64decode(block[1])) if block else None
     if found is None:
         return None
     text = (found[1] or found[2]).decode()

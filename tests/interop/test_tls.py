@@ -4,7 +4,10 @@ or later); Kubernetes' way with secrets: files change, nobody is told."""
 from __future__ import annotations
 
 import asyncio
+import re
+import shutil
 import ssl
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -81,6 +84,25 @@ async def test_who_is_trusted_is_served(frontend: str, mutual: bool, authority: 
         async with grpc.aio.secure_channel(address, grpcio_credentials(authority.ca, shown)) as channel:
             call = channel.stream_stream("/test/stream")(iter([b"a", b"b"]), timeout=SOON_S)
             assert [message async for message in call] == [b"1:a", b"2:b", b"end"]
+
+
+@pytest.fixture
+def by_the_readme(tmp_path: Path) -> TlsFiles:
+    """What the README's commands make."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall(r"^openssl (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run(command, shell=True, check=True, capture_output=True, cwd=tmp_path)
+    return TlsFiles(cert=f"{tmp_path}/tls.crt", key=f"{tmp_path}/tls.key", client_ca=f"{tmp_path}/ca.crt")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+async def test_the_readmes_certificates(by_the_readme: TlsFiles, opened: Opened) -> None:
+    tls = Tls(by_the_readme)
+    async with serving("h2", Handled(), tls) as (_, address):
+        for kind in FRONTENDS:
+            assert await echo(opened(kind, tls), address) == b"hello"
 
 
 @pytest.mark.parametrize("kind", FRONTENDS)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.mesh.certificates import Authority
 from tests.mesh.pods import Loads, Mesh, request_for, running
 
 
@@ -42,6 +45,14 @@ async def test_bytes_copies_and_fates(loads: Loads) -> None:
         assert after["densemesh_copies", "loaded"] == 1
         assert after["densemesh_copy_bytes", "loaded"] == 1 << 20
         assert after["densemesh_models_registered", ""] == 1
+
+
+async def test_when_the_certificate_expires(loads: Loads, tmp_path: Path) -> None:
+    until = datetime(2049, 1, 2, tzinfo=UTC)
+    certificate, key = Authority(tmp_path).issue(until=until)
+    async with running("a", loads, tls_cert=certificate, tls_key=key) as mesh:
+        seen = await scrape(mesh, "a")
+        assert seen["densemesh_tls_certificate_expiry_timestamp_seconds", ""] == until.timestamp()
 
 
 async def test_latencies_by_method_and_status(loads: Loads) -> None:

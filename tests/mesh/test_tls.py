@@ -103,7 +103,7 @@ async def test_a_certificate_that_has_expired_is_used_and_told_once(
         await asyncio.sleep(0.01)
     following.cancel()
     assert [record.message for record in caplog.records] == [
-        f"--tls-cert: the certificate in {certificate} expired at 2020-02-03 04:05:06Z",
+        f"--tls-cert: {certificate} expired at 2020-02-03 04:05:06Z",
         f"changed certificates are not used: --tls-key: {key}: No such file or directory",
     ]
 
