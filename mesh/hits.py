@@ -13,14 +13,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mesh.batcher import most_rows
+from mesh.batch import most_rows
 from mesh.directory import NAMING, Directory
 from mesh.driver import Driver, now_ms
 from mesh.errors import MeshError
 from mesh.histogram import Histogram
 from mesh.plans import Plan, Tensors, answered, answered_together, split
 from mesh.resident import Resident
-from mesh.router import CREATED, HOP, MODEL, Router
+from mesh.router import CREATED, HOP, MODEL, PRIORITY, Router, priority_of
 from mesh.rpc import HOLDER, Call, Caller, Head
 from mesh.workers import Pace
 from placement.cache import Copy
@@ -29,8 +29,8 @@ from placement.records import ModelId
 from protos.inference_pb2 import ModelInferRequest
 
 _MODEL_NAME: Final = ModelInferRequest.MODEL_NAME_FIELD_NUMBER
-_MATTER: Final = NAMING | {HOP, f"{HOP}-bin", MODEL, MODEL.removesuffix("-bin"), CREATED, f"{CREATED}-bin"}
-"""Headers on which it depends which model a call means."""
+_MATTER: Final = NAMING | {HOP, f"{HOP}-bin", MODEL, MODEL.removesuffix("-bin"), CREATED, f"{CREATED}-bin", PRIORITY}
+"""Headers on which it depends which model a call means, or that may be wrong."""
 _MEMO: Final = "hits"
 _MOST_BYTES: Final = 256 << 10
 """Of requests that are run as one on the loop: larger ones gain nothing by it, and copying them costs."""
@@ -95,10 +95,10 @@ class Hits:
 
     def _named(self, head: Head, message: bytes) -> ModelId | None:
         """The model that is meant where headers have a say in it; None: not to be told at once."""
+        call = Call(head.path, head.metadata, 0, keys=head.keys, memo=head.memo)
         try:
-            known = self._router.known(
-                Call(head.path, head.metadata, 0, keys=head.keys, memo=head.memo), message, _MODEL_NAME
-            )
+            priority_of(call)  # nothing waits here, so it only must not be wrong
+            known = self._router.known(call, message, _MODEL_NAME)
         except MeshError:
             return None
         return known[0] if known is not None else None

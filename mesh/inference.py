@@ -17,7 +17,7 @@ from mesh.errors import InvalidRequest, MeshError, ModelNotFound, Unimplemented
 from mesh.plans import answered, learn, split
 from mesh.repository import ModelSettings
 from mesh.residency import Residency, overall
-from mesh.router import MODEL, Router
+from mesh.router import MODEL, Router, priority_of
 from mesh.rpc import Call, Handlers, Stream, Unary
 from mesh.tensors import check, decode, encode
 from mesh.wire import peek_string
@@ -102,7 +102,7 @@ class Inference:
         if plan is None:
             return await self._infer_unplanned(copy, call, message, key)
         results = await self._driver.batcher.run(
-            copy, resident, plan.arrays(tensors), plan.outputs, len(message), call.deadline
+            copy, resident, plan.arrays(tensors), plan.outputs, len(message), call.deadline, priority_of(call)
         )
         response = answered(plan, id_field, results)
         if response is None:
@@ -120,7 +120,9 @@ class Inference:
         _check_batch(inputs, resident.settings)
         if key is not None:
             resident.plans.keep(key, request, inputs, outputs)
-        results = await self._driver.batcher.run(copy, resident, inputs, outputs, len(message), call.deadline)
+        results = await self._driver.batcher.run(
+            copy, resident, inputs, outputs, len(message), call.deadline, priority_of(call)
+        )
         asked = request.model_name or asked_name(call, copy.model.model_id)
         return encode(request, results, model_name=asked, model_version=resident.settings.version)
 

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+from placement.link import RANK, is_oldest_turn
+from placement.records import Priority
+
 T = TypeVar("T")
 
 FAST_S: Final = 200e-6
@@ -197,12 +200,42 @@ class Job(Generic[T]):
             self._on_end()
 
 
+class _Queue:
+    """Jobs by class, and in each in order of arrival; one turn in `OLDEST_EVERY` goes to the last class that has any,
+    so that it does not wait for ever."""
+
+    def __init__(self) -> None:
+        self._classes: tuple[deque[Job[Any] | None], ...] = tuple(deque() for _ in Priority)
+        self._waiting: SimpleQueue[None] = SimpleQueue()
+        """As many tokens as there are jobs."""
+        self._turn = 0
+
+    def put(self, job: Job[Any] | None, priority: Priority) -> None:
+        self._classes[RANK[priority]].append(job)
+        self._waiting.put(None)
+
+    def get(self) -> Job[Any] | None:
+        self._waiting.get()
+        turn, self._turn = self._turn, self._turn + 1  # a count that is lost does no harm
+        order = reversed(self._classes) if is_oldest_turn(turn) else self._classes
+        while True:  # there is one for each token, but while this looks others may take it, and put another before it
+            for jobs in order:
+                try:
+                    return jobs.popleft()
+                except IndexError:
+                    continue
+            order = self._classes
+
+    def empty(self) -> bool:
+        return self._waiting.empty()
+
+
 class Workers:
     """Threads whose results cross to the loop in batches: one wake-up for all that are ready."""
 
     def __init__(self, threads: int, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._queue: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._queue = _Queue()
         self._done: deque[tuple[Job[Any], Any, BaseException | None]] = deque()
         self._waking = False
         self._threads = [threading.Thread(target=self._run, name=f"run-{n}", daemon=True) for n in range(threads)]
@@ -214,10 +247,10 @@ class Workers:
         """Whether work waits for a thread."""
         return not self._queue.empty()
 
-    def submit(self, work: Callable[[], T], pace: Measured) -> Job[T]:
+    def submit(self, work: Callable[[], T], pace: Measured, priority: Priority = Priority.NORMAL) -> Job[T]:
         """Have a thread do it; the job's future gets the result."""
         job = Job(work, pace, self._loop.create_future())
-        self._queue.put(job)
+        self._queue.put(job, priority)
         return job
 
     def close(self) -> None:
@@ -227,7 +260,7 @@ class Workers:
             if job is not None:
                 job.withdraw()
         for _ in self._threads:
-            self._queue.put(None)
+            self._queue.put(None, Priority.LOW)
         for thread in self._threads:
             thread.join()
 

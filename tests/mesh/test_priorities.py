@@ -45,3 +45,17 @@ async def test_another_class_is_refused(loads: Loads) -> None:
         status, message = await mesh.clients["a"].refusal("ModelInfer", request_for("m"), metadata=metadata)
         assert status == "INVALID_ARGUMENT"
         assert message == "header densemesh-priority: expected high, normal, low, found 'urgent'"
+
+
+async def test_another_class_is_refused_on_every_way(loads: Loads) -> None:
+    """Also where nothing waits: fast models on the loop, and through a hop."""
+    async with running("ab", loads) as mesh:
+        await mesh.register("m", load=True)
+        (holder,) = mesh.holders("m")
+        await mesh.seen_by_all("m", holder)
+        for pod_id in "ab":
+            for _ in range(20):
+                await mesh.infer("m", pod_id, metadata=[("densemesh-priority", "high")])
+            metadata = [("densemesh-priority", "urgent")]
+            status, _ = await mesh.clients[pod_id].refusal("ModelInfer", request_for("m"), metadata=metadata)
+            assert status == "INVALID_ARGUMENT"

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from mesh.workers import FAST_S, SLOW_S, TURN_S, InLine, Pace, Workers
+from placement.records import Priority
 
 TIMEOUT_S = 30.0
 
@@ -93,3 +94,16 @@ async def test_work_is_withdrawn_or_awaited() -> None:
     assert running.ended
     workers.close()
     assert done == []
+
+
+async def test_work_goes_by_class() -> None:
+    """High before normal before low, each in order of arrival; one turn in eight is the last class's."""
+    workers = Workers(1, asyncio.get_running_loop())
+    gate, order = threading.Event(), list[str]()
+    blocked = workers.submit(gate.wait, Pace())
+    asked = [Priority.LOW] * 2 + [Priority.NORMAL] * 3 + [Priority.HIGH] * 4
+    jobs = [workers.submit(lambda p=p: order.append(p.value), Pace(), p) for p in asked]  # type: ignore[misc]
+    gate.set()
+    await asyncio.gather(blocked.future, *(job.future for job in jobs))
+    assert order == ["high"] * 4 + ["normal"] * 2 + ["low", "normal", "low"]
+    workers.close()
