@@ -143,8 +143,11 @@ def one_view(world: World) -> str:
     head = world.registry.head
     for pod in world.pods.values():
         view = pod.view
-        if view.pods != head.pods or view.pods.keys() != world.pods.keys():
+        if view.pods.keys() != world.pods.keys():
             return f"{pod} sees the pods {sorted(view.pods)} of {sorted(world.pods)}"
+        for pod_id, record in head.pods.items():
+            if view.pods[pod_id] != record:
+                return f"{pod} sees {view.pods[pod_id]}, the registry has {record}"
         if dict(view.models) != head.models or view.vmodels != head.vmodels:
             return f"{pod} sees other models"
         for model_id in {*head.models, *pod.engine.cache.copies}:
