@@ -41,7 +41,7 @@ class Admission:
         # Those that turned out smaller first: the others may need what they give back.
         for copy in sorted(cache.in_state(CopyState.SIZING), key=_excess_bytes):
             self._settle(copy, now_ms, actions)
-        if cache.count(CopyState.SIZING):
+        if cache.count(CopyState.SIZING) or any(_excess_bytes(c) > 0 for c in cache.in_state(CopyState.UNLOADING)):
             return  # more is in memory than the books say: start and promise nothing until they agree
         for copy in list(cache.in_state(CopyState.WAITING)):
             self._moves.start_load(copy, now_ms, actions)

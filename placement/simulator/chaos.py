@@ -51,6 +51,10 @@ class Chaos:
             load_ms *= 10
         return load_ms, draw() < faults.failed_loads
 
+    def keeps(self) -> bool:
+        """Whether a copy down succeeds."""
+        return self._ended or not self.faults.unkept or self.rng.random() >= self.faults.unkept
+
     def misjudge(self, model: ModelRecord, size_bytes: int) -> int:
         rng = Random(f"{self.world.options.seed} {model.model_id} {model.created}")
         if not self.faults.misjudged_sizes or rng.random() >= self.faults.misjudged_sizes:
@@ -69,7 +73,7 @@ class Chaos:
         self.world.transport.cut.clear()
         for pod in self.world.pods.values():
             pod.cut_off = False
-            pod.lag = min(pod.lag, ticks(2 * self.world.options.lag_ms))
+            pod.lag = pod.usual_lag
 
     def _again(self, kind: str) -> None:
         per_minute = getattr(self.faults, kind) * (1 if kind in _OF_THE_MESH else self.world.options.pods)
@@ -113,8 +117,8 @@ class Chaos:
             self._crash(pod)
 
     def _lose_lease(self, pod: SimPod) -> None:
-        if pod.session is not None:
-            self.world.registry.end(pod.session)
+        if pod.publisher.session is not None:
+            self.world.registry.end(pod.publisher.session)
 
     def _cut_registry(self, pod: SimPod) -> None:
         pod.cut_off = True
@@ -131,12 +135,11 @@ class Chaos:
             self.world.clock.after(self._for(self.faults.cut_ms), self.world.transport.cut.discard, pair)
 
     def _lag(self, pod: SimPod) -> None:
-        before = pod.lag
         pod.lag = self._for(self.faults.behind_ms)
-        self.world.clock.after(2 * pod.lag, self._catch_up, (pod, before))
+        self.world.clock.after(2 * pod.lag, self._catch_up, pod)
 
-    def _catch_up(self, what: tuple[SimPod, Tick]) -> None:
-        pod, pod.lag = what[0], what[1]
+    def _catch_up(self, pod: SimPod) -> None:
+        pod.lag = pod.usual_lag
 
     def _compact(self, pod: SimPod) -> None:
         if not pod.cut_off:

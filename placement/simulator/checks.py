@@ -39,8 +39,8 @@ def true_room(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> st
     if not any(type(action) is StartLoad for action in actions):
         return ""
     copies = pod.engine.cache.copies
-    memory = sum(resident.size_bytes for resident in pod.memory.values())
-    loading = sum(copies[model_id].size_bytes for model_id in pod.loading)
+    memory = sum(resident.size_bytes for resident in pod.loader.memory.values())
+    loading = sum(copies[model_id].size_bytes for model_id in pod.loader.loading)
     if memory + loading > pod.engine.limits.capacity_bytes:
         return f"{memory} bytes are in memory and {loading} being loaded; {pod.engine!r}"
     return ""
@@ -52,7 +52,7 @@ def in_use(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
     for action in actions:
         match action:
             case StartUnload(model_id):
-                if copies[model_id].pins or pod.memory[model_id].users:
+                if copies[model_id].pins or pod.loader.memory[model_id].users:
                     return f"{copies[model_id]!r} is unloaded"
             case Unpublish(model_id) if not isinstance(event, CopyUnwanted):
                 copy = copies.get(model_id)
@@ -69,7 +69,7 @@ def in_use(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
 
 def slots(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
     limits = pod.engine.limits
-    return f"{len(pod.loading)} loads at once" if len(pod.loading) > limits.load_slots else ""
+    return f"{len(pod.loader.loading)} loads at once" if len(pod.loader.loading) > limits.load_slots else ""
 
 
 StepCheck = Callable[["SimPod", Event | None, Sequence[Action]], str]
@@ -101,17 +101,17 @@ def shell(pod: SimPod) -> str:
         for state in (CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING)
         for copy in cache.in_state(state)
     }
-    if loading != pod.loading.keys():
-        return f"being loaded are {sorted(pod.loading)}, the engine says {sorted(loading)}"
-    if held != pod.memory.keys():
-        return f"in memory are {sorted(pod.memory)}, the engine says {sorted(held)}"
+    if loading != pod.loader.loading.keys():
+        return f"being loaded are {sorted(pod.loader.loading)}, the engine says {sorted(loading)}"
+    if held != pod.loader.memory.keys():
+        return f"in memory are {sorted(pod.loader.memory)}, the engine says {sorted(held)}"
     return ""
 
 
 def told(pod: SimPod) -> str:
     """Others decide by what a pod publishes."""
     for model_id, copy in pod.engine.cache.copies.items():
-        record, told = pod.engine.copies.published(model_id), pod.wanted_copy(model_id)
+        record, told = pod.engine.copies.published(model_id), pod.publisher.wanted_copy(model_id)
         if (record and (record.status, record.error)) != (told and (told.status, told.error)):
             return f"{copy!r} is published as {told}"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
+from placement.limits import HostMode
 from placement.simulator.options import Faults, Options
 from placement.simulator.scenario import SimModel, Workload, zipf
 
@@ -53,6 +54,9 @@ def draw(seed: int) -> tuple[Options, Clients]:
         seed=seed,
         pods=rng.randint(1, 6),
         capacity_bytes=rng.randint(10, 60),
+        host_bytes=rng.choice([0, 0, 20, 100]),
+        disk_bytes=rng.choice([0, 0, 50, 300]),
+        host_mode=rng.choice(list(HostMode)),
         duration_ms=rng.choice([20_000, 60_000, 120_000]),
         load_slots=rng.randint(1, 3),
         run_slots=rng.choice([0, 0, 1, 4]),
@@ -78,6 +82,8 @@ def draw(seed: int) -> tuple[Options, Clients]:
             slow_loads=some(0.3),
             hung_loads=some(0.05),
             hang_ms=rng.choice([20_000, 120_000]),
+            unkept=some(0.5),
+            cancels=some(0.3),
             misjudged_sizes=some(1),
             oversized=some(0.1),
             registrations=some(30),
@@ -88,9 +94,10 @@ def draw(seed: int) -> tuple[Options, Clients]:
     )
     clients = Clients(
         models=rng.randint(3, 40),
-        requests_per_s=rng.choice([1.0, 5.0, 20.0]),
+        requests_per_s=rng.choice([2.0, 10.0, 40.0]),
         zipf=rng.choice([0.0, 0.9, 1.5]),
         load_ms=rng.choice([20.0, 500.0, 3_000.0]),
+        fill=rng.choice([0.1, 0.4, 0.9]),
         tenants=rng.choice([0, 0, 3]),
     )
     return options, clients

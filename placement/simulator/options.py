@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from placement.limits import HostMode
+
 
 @dataclass(frozen=True, slots=True)
 class Faults:
@@ -37,10 +39,14 @@ class Faults:
     hung_loads: float = 0.0
     """Share of loads that take `hang_ms` and then fail."""
     hang_ms: int = 120_000
+    unkept: float = 0.0
+    """Share of copies down to a lower tier that fail."""
     misjudged_sizes: float = 0.0
     """Share of models whose estimate is wrong, by up to half."""
     oversized: float = 0.0
     """Share of models that fit into no pod."""
+    cancels: float = 0.0
+    """Share of requests whose client goes away before it is answered."""
     registrations: float = 0.0
     """Models removed, or registered anew with other contents, per minute of the whole mesh."""
     give_ups: float = 0.0
@@ -62,7 +68,11 @@ class Options:
     seed: int = 0
     pods: int = 3
     capacity_bytes: int = 1 << 30
-    """Of each pod."""
+    """Of each pod's device."""
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    """Of the tiers below it; 0: there is no such tier."""
+    host_mode: HostMode = HostMode.EXCLUSIVE
     duration_ms: int = 60_000
     """How long requests arrive; after that the world is let come to rest."""
     warmup: float = 0.0

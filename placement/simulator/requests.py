@@ -195,7 +195,7 @@ def _walk(call: Call) -> Walk:
 def _serve(call: Call, copy: Copy) -> Walk:
     pod, run = call.pod, call.request.run
     model_id = copy.model.model_id
-    resident = pod.memory.get(model_id)
+    resident = pod.loader.memory.get(model_id)
     if resident is None or copy.state is not CopyState.LOADED:
         raise Violation("what serves is loaded", f"{copy!r} was to serve a request", pod, model_id)
     pod.engine.pin(copy)
@@ -204,11 +204,11 @@ def _serve(call: Call, copy: Copy) -> Walk:
         if run:
             now = pod.world.clock.now
             ends = now + run
-            if pod.slots:
-                ends = max(now, pod.slots[0]) + run
-                heapq.heapreplace(pod.slots, ends)
+            if pod.run_slots:
+                ends = max(now, pod.run_slots[0]) + run
+                heapq.heapreplace(pod.run_slots, ends)
             yield ends - now
-            if pod.memory.get(model_id) is not resident:
+            if pod.loader.memory.get(model_id) is not resident:
                 raise Violation("no copy is unloaded while in use", f"{copy!r} went under a request", pod, model_id)
     finally:
         resident.users -= 1

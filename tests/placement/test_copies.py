@@ -163,6 +163,8 @@ def test_nothing_starts_while_more_is_in_memory_than_the_books_say(pod: Pod) -> 
     pod.now_ms += pod.limits.room_patience_ms
     pod.step(Tick())
     assert pod.unloading == {"a"}
+    assert not pod.loading
+    pod.step(UnloadFinished("a"))
     assert set(pod.loading) == {"b"}
 
 
