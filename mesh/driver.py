@@ -161,7 +161,7 @@ class Driver:
     async def tick(self) -> None:
         """Let time pass, and publish how this pod is, until cancelled."""
         while True:
-            self.step(Tick())
+            self.step(Tick(self.in_line.take_runs()))
             self.publish_pod()
             await asyncio.sleep(_TICK_S)
 

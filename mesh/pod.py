@@ -169,7 +169,12 @@ class Pod:
         """Put the parts together; nothing runs yet."""
         config = self.config
         pod_id = config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
-        limits = Limits(config.capacity_bytes, labels=config.labels, load_slots=config.load_slots)
+        limits = Limits(
+            config.capacity_bytes,
+            labels=config.labels,
+            run_threads=config.run_threads,
+            load_slots=config.load_slots,
+        )
         engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(pod_id))
         self.engine = engine
         publisher = Publisher(registry, config.lease_ttl_s)

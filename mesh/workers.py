@@ -41,9 +41,18 @@ class Pace:
     """How fast a model was with requests of one order of magnitude. Written by the loop and the threads without a lock:
     a count that is lost does no harm."""
 
-    __slots__ = ("_bar_s", "_barred_until_s", "_best_s", "in_line", "score", "typical_s")
+    __slots__ = (
+        *("_bar_s", "_barred_until_s", "_best_s", "_ran"),
+        *("busy_s", "in_line", "model_id", "runs", "score", "typical_s"),
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, model_id: str = "", ran: list[Pace] | None = None) -> None:
+        """`ran` gets it when it was measured for the first time since its counts were taken."""
+        self.model_id = model_id
+        self._ran = ran
+        self.runs = 0
+        """This and the next: since they were taken."""
+        self.busy_s = 0.0
         self.score = 0
         self.in_line = False
         self.typical_s = 0.0
@@ -59,6 +68,10 @@ class Pace:
 
     def measured(self, elapsed_s: float) -> None:
         """Fast runs count up, slow ones down twice: any run may have waited for the interpreter lock."""
+        if not self.runs and self._ran is not None:
+            self._ran.append(self)
+        self.runs += 1
+        self.busy_s += elapsed_s
         self.typical_s += (elapsed_s - self.typical_s) / 8
         if elapsed_s < FAST_S:
             if self.score < _MOST:
@@ -94,6 +107,7 @@ class InLine:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._paces: dict[str, dict[int, Pace]] = {}
+        self._ran: list[Pace] = []
         self._turn_s = 0.0
         self._turning = False
         self.runs = 0
@@ -110,7 +124,7 @@ class InLine:
         magnitude = size_bytes.bit_length()
         pace = paces.get(magnitude)
         if pace is None:
-            pace = paces[magnitude] = Pace()
+            pace = paces[magnitude] = Pace(model_id, self._ran)
         return pace
 
     def together(self, model_id: str, size_bytes: int, count: int) -> tuple[int, Pace]:
@@ -131,6 +145,18 @@ class InLine:
                 larger.typical_s = 2 * pace.typical_s
             pace, most = larger, 2 * most
         return min(most, count), pace
+
+    def take_runs(self) -> dict[str, tuple[int, float]]:
+        """By model, the runs since the last call, on the loop and in threads, and how long they took, ms."""
+        ran = self._ran[:]
+        del self._ran[: len(ran)]
+        taken: dict[str, tuple[int, float]] = {}
+        for pace in ran:
+            runs, busy_ms = taken.get(pace.model_id, (0, 0.0))
+            if pace.runs:
+                taken[pace.model_id] = runs + pace.runs, busy_ms + pace.busy_s * 1e3
+                pace.runs, pace.busy_s = 0, 0.0
+        return taken
 
     def forget(self, model_id: str) -> None:
         """The model is not in memory any more; another may come under its name."""

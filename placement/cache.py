@@ -16,7 +16,7 @@ Two invariants hold after every change:
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,7 +26,7 @@ from placement.holdings import Holding
 from placement.lifecycle import TRANSITIONS, CopyState, Move
 from placement.link import RANK
 from placement.policies.base import EvictionPolicy, Worth
-from placement.records import ModelRecord, Priority, TenantId
+from placement.records import ModelId, ModelRecord, Priority, TenantId
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +58,9 @@ class Copy:
     """While SIZING: what the books must be corrected to."""
     pins: int = 0
     """Requests that use it or wait for it; a pinned copy is never evicted."""
+    busy_percent: int = 0
+    """As it is told to others (`CopyRecord`); so is `used_ms`, as of `told_ms`."""
+    told_ms: int = 0
     guarded_until_ms: int = 0
     """What was just loaded does not go for a lesser one until then. (Who waited for it has pinned it anyway.)"""
     source: Holding | None = None
@@ -121,6 +124,8 @@ class Cache(Books[CopyState, Move, Copy]):
         """What the loads queued and under way take together, as estimated; those under way count whole."""
         self.tenant_bytes: dict[TenantId, int] = {}
         """Committed, by tenant; who has nothing is left out."""
+        self.is_kept: Callable[[ModelId], bool] = lambda model_id: False
+        """Whether a model's copy does not go for room, used or not."""
         self.tenant_loads: dict[TenantId, int] = {}
         """Copies WAITING or LOADING, by tenant; who has none is left out."""
 
@@ -136,6 +141,12 @@ class Cache(Books[CopyState, Move, Copy]):
         assert copy.state is CopyState.QUEUED, copy
         self.queue_ms += load_ms - copy.load_ms
         copy.size_bytes, copy.load_ms = size_bytes, load_ms
+
+    def evictable(self, now_ms: int) -> Generator[Copy, None, None]:
+        with closing(super().evictable(now_ms)) as evictable:
+            for copy in evictable:
+                if not self.is_kept(copy.model.model_id):
+                    yield copy
 
     def evictable_for(self, asking: Copy, now_ms: int) -> Generator[Copy, None, None]:
         """Those that may go for another copy, first to go first. Whoever walks closes it."""

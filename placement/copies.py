@@ -154,6 +154,10 @@ class LocalCopies:
                 self._published.tell(copy.model.model_id, actions)
                 actions.append(Wake(copy.model.model_id))
 
+    def tell(self, model_id: ModelId, actions: list[Action]) -> None:
+        """How the copy is used has changed."""
+        self._published.tell(model_id, actions)
+
     def tick(self, now_ms: int, actions: list[Action]) -> None:
         """Forget failures whose time has come; see that tenants keep to their limits."""
         self.tenants.refresh()

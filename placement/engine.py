@@ -32,6 +32,7 @@ from placement.messages import (
     LoadHere,
     Refuse,
     Route,
+    Runs,
     Serve,
     SizeEstimated,
     Tick,
@@ -41,6 +42,7 @@ from placement.messages import (
 from placement.peers import Peers
 from placement.policies.base import EvictionPolicy
 from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord, Priority, Tier
+from placement.scaling import Scaling
 from placement.selection import Wanted
 from placement.stats import Stats
 from placement.view import ClusterView
@@ -73,9 +75,11 @@ class Engine:
         self.copies = LocalCopies(pod_id, limits, view, policy, self.stats)
         self.cache = self.copies.cache
         self.draining = False
-        self.peers = Peers(pod_id, limits, view, rng, self.pod_record)
+        self.peers = Peers(pod_id, limits, view, rng, self.pod_record, self.cache.copies)
         self.forward_started = self.peers.forward_started
         self.forward_ended = self.peers.forward_ended
+        self.scaling = Scaling(pod_id, limits, view, self.cache, self.peers)
+        self.cache.is_kept = self.scaling.is_kept
 
     def __repr__(self) -> str:
         return f"<Engine {self.pod_id} {self.copies!r}>"
@@ -216,14 +220,22 @@ class Engine:
                 copies.held_dropped(event, now_ms)
             case CopyUnwanted(model_id):
                 copies.unwanted(model_id, now_ms, actions)
-            case Tick():
+            case Tick(runs):
                 copies.tick(now_ms, actions)
                 self.peers.tick(now_ms)
+                self._scale(runs, now_ms, actions)
                 actions += leader.plan(self.view, self.pod_id)
             case DrainStarted():
-                self.draining = True
+                self.draining = self.peers.draining = True
         copies.advance(now_ms, actions)
         return actions
+
+    def _scale(self, runs: Runs, now_ms: int, actions: list[Action]) -> None:
+        """More copies of what is used much, fewer of what is not."""
+        for model_id in self.scaling.tick(runs, now_ms, actions):
+            self.copies.tell(model_id, actions)
+        for model_id in self.scaling.surplus(now_ms):
+            self.copies.unwanted(model_id, now_ms, actions)
 
     # Nobody has it
 

@@ -27,6 +27,8 @@ class Limits:
     host_mode: HostMode = HostMode.EXCLUSIVE
     labels: str = ""
     """What kind of pod it is, and where (`placement.labels`)."""
+    run_threads: int = 1
+    """Requests that run at once."""
     load_slots: int = 2
     """Loads under way at once, evictions they wait for included."""
     failure_expiry_ms: int = 60_000
@@ -39,6 +41,8 @@ class Limits:
     """How long a peer that could not be reached is avoided."""
     room_patience_ms: int = 2_000
     """How long a copy that turned out larger than estimated may wait for its room before it is given up."""
+    ask_patience_ms: int = 10_000
+    """How long a copy that was asked for elsewhere may take to show."""
     queue_patience_ms: int = 10_000
     """How long a copy may be queued before finding no room for it is the answer."""
     slo_ms: int = 100

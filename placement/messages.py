@@ -83,9 +83,16 @@ class CopyUnwanted:
     model_id: ModelId
 
 
+Runs = Mapping[ModelId, tuple[int, float]]
+"""By model: how often it ran here, and how long that took together, ms."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; about once a second."""
+
+    runs: Runs = field(default_factory=dict)
+    """Since the last tick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +203,8 @@ class LoadOn:
 
     model_id: ModelId
     pod_id: PodId
+    used_ms: int = 0
+    """Where it enters the eviction order; Unix ms; 0: now."""
 
 
 Action = (

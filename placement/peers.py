@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping
 from random import Random
 
+from placement.cache import Copy
+from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.limits import Limits
+from placement.messages import LoadOn
 from placement.records import CopyStatus, ModelId, ModelRecord, PodId, PodRecord
 from placement.selection import Verdict, Wanted, choose_holder, choose_target, places_of, verdicts
 from placement.view import IN_MEMORY, ClusterView
@@ -15,18 +18,30 @@ class Peers:
     """Of one pod."""
 
     def __init__(
-        self, pod_id: PodId, limits: Limits, view: ClusterView, rng: Random, own_record: Callable[[], PodRecord]
+        self,
+        pod_id: PodId,
+        limits: Limits,
+        view: ClusterView,
+        rng: Random,
+        own_record: Callable[[], PodRecord],
+        own: Mapping[ModelId, Copy],
     ) -> None:
+        """`own` are the copies here."""
         self._pod_id = pod_id
         self._limits = limits
         self._view = view
         self._rng = rng
         self._own_record = own_record
+        self._own = own
         self._in_flight: dict[PodId, int] = {}
         self._suspects: dict[PodId, tuple[int, int]] = {}
         """Pods that could not be reached: until when they are avoided, and in which life (`PodRecord.created`)."""
         self._assumed: dict[PodId, tuple[int, int]] = {}
         """Bytes sent to a pod to load since its record of that revision."""
+        self._asked: dict[ModelId, dict[PodId, int]] = {}
+        """Pods that were asked for a copy, and until when that counts, shown or not."""
+        self.draining = False
+        """This pod."""
 
     def forward_started(self, pod_id: PodId) -> None:
         self._in_flight[pod_id] = self._in_flight.get(pod_id, 0) + 1
@@ -49,6 +64,12 @@ class Peers:
         """Forget what has passed."""
         self._suspects = {p: life for p, life in self._suspects.items() if self.is_suspect(p, now_ms)}
         self._assumed = {p: assumed for p, assumed in self._assumed.items() if self._assumed_bytes(p)}
+        for model_id, asked in list(self._asked.items()):
+            left = {pod_id: until_ms for pod_id, until_ms in asked.items() if until_ms > now_ms}
+            if left:
+                self._asked[model_id] = left
+            else:
+                del self._asked[model_id]
 
     def is_suspect(self, pod_id: PodId, now_ms: int) -> bool:
         """Whether the pod could not be reached a moment ago and has not been started anew since."""
@@ -80,12 +101,72 @@ class Peers:
             holders = [pod_id for pod_id in holders if not pods[pod_id].draining] or holders
         return choose_holder(holders, self._in_flight, self._rng) if holders else None
 
-    def wanted(self, model: ModelRecord) -> Wanted:
-        """What choosing a pod for one more copy of the model has to know of it."""
+    def holders(self, model_id: ModelId) -> list[PodId]:
+        """Pods whose copy of a model serves and will go on: loaded, alive, not draining."""
+        pods = self._view.pods
+        holders = [
+            pod_id
+            for pod_id, copy in self._view.copies(model_id).items()
+            if copy.status is CopyStatus.LOADED
+            and pod_id != self._pod_id
+            and pod_id in pods
+            and not pods[pod_id].draining
+            and pod_id not in self._suspects
+        ]
+        own = self._own.get(model_id)
+        if own is not None and own.state is CopyState.LOADED and not self.draining:
+            holders.append(self._pod_id)
+        return holders
+
+    def to_come(self, model_id: ModelId, now_ms: int) -> set[PodId]:
+        """Pods that load the model, or were asked to a moment ago."""
+        pods = self._view.pods
+        coming = {pod_id for pod_id, until_ms in self._asked.get(model_id, {}).items() if until_ms > now_ms}
+        for pod_id, copy in self._view.copies(model_id).items():
+            if copy.status is CopyStatus.LOADING and pod_id in pods and pod_id != self._pod_id:
+                coming.add(pod_id)
+        own = self._own.get(model_id)
+        if own is not None and own.state in IN_FLIGHT:
+            coming.add(self._pod_id)
+        return coming
+
+    def ask(
+        self, model: ModelRecord, now_ms: int, *, cold_ms: int, reserve: float = 0.0, used_ms: int = 0
+    ) -> LoadOn | None:
+        """Another copy of the model, on the best of those pods that have more room than a share `reserve` of their
+        capacity would be left of, or whose coldest copy was not used for `cold_ms`. None: there is no such pod."""
+        model_id, copies = model.model_id, self._view.copies(model.model_id)
+        asked = self._asked.setdefault(model_id, {})
+        have = {pod_id for pod_id, copy in copies.items() if copy.status is not CopyStatus.HELD} | asked.keys()
+        if model_id in self._own:
+            have.add(self._pod_id)
+        failed = [pod_id for pod_id, copy in copies.items() if copy.status is CopyStatus.FAILED]
+        wanted = self.wanted(model, also=asked)
+        room_bytes = max(1, wanted.size_bytes)
+        pod_id = None
+        if len(failed) < self._limits.load_tries:
+            pods = [
+                pod
+                for pod in self.pods().values()
+                if pod.capacity_bytes - pod.used_bytes - self._assumed_bytes(pod.pod_id) - room_bytes
+                >= reserve * pod.capacity_bytes
+                or (pod.oldest_used_ms and now_ms - pod.oldest_used_ms >= cold_ms)
+            ]
+            pod_id = self._target(wanted, pods, have, now_ms)
+        if pod_id is None:
+            if not asked:
+                del self._asked[model_id]
+            return None
+        asked[pod_id] = now_ms + self._limits.ask_patience_ms
+        return LoadOn(model_id, pod_id, used_ms)
+
+    def wanted(self, model: ModelRecord, also: Iterable[PodId] = ()) -> Wanted:
+        """What choosing a pod for one more copy of the model has to know of it; `also` are pods that will have one."""
         model_id, pods = model.model_id, self._view.pods
         copies = self._view.copies(model_id)
         held = {pod_id: copy.tier for pod_id, copy in copies.items() if copy.status is CopyStatus.HELD}
-        near = (pods[pod_id] for pod_id, copy in copies.items() if copy.status in IN_MEMORY and pod_id in pods)
+        having = {*also, *(pod_id for pod_id, copy in copies.items() if copy.status in IN_MEMORY)}
+        near = (pods[pod_id] for pod_id in having if pod_id in pods)
         return Wanted(
             model_id,
             self._view.size_bytes(model_id),
@@ -97,9 +178,12 @@ class Peers:
 
     def target(self, wanted: Wanted, exclude: Iterable[PodId], now_ms: int) -> PodId | None:
         """The pod to load on; what is sent there counts until it speaks again (kube-scheduler's `assume`)."""
+        return self._target(wanted, self.pods().values(), exclude, now_ms)
+
+    def _target(self, wanted: Wanted, pods: Iterable[PodRecord], exclude: Iterable[PodId], now_ms: int) -> PodId | None:
         pod_id = choose_target(
             wanted,
-            self.pods().values(),
+            pods,
             assumed=self._assumed,
             exclude={*exclude, *(pod_id for pod_id in self._suspects if self.is_suspect(pod_id, now_ms))},
             now_ms=now_ms,

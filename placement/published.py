@@ -56,6 +56,8 @@ class Published:
             retryable=copy.retryable,
             no_room=copy.no_room,
             registration=copy.model.created,
+            used_ms=copy.used_ms if copy.state is CopyState.LOADED else 0,
+            busy_percent=copy.busy_percent,
         )
 
     def _held_record(self, holding: Holding) -> CopyRecord:

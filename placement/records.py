@@ -168,6 +168,8 @@ class CopyRecord:
     tier: Tier = Tier.DEVICE
     used_ms: int = 0
     """When it was last used as far as was published: up to some minutes ago; Unix ms."""
+    busy_percent: int = 0
+    """Of its pod's run threads, what its requests take or wait for; coarse."""
 
 
 Record = ModelRecord | VModelRecord | TenantRecord | PodRecord | CopyRecord

@@ -24,6 +24,7 @@ from placement.messages import (
     Hop,
     LoadFailed,
     LoadFinished,
+    LoadOn,
     Publish,
     Route,
     SettleVModel,
@@ -73,7 +74,7 @@ class Pod:
         self.unloading: set[ModelId] = set()
         self.below = Below(self.engine.copies.lower)
         self.published: dict[ModelId, CopyRecord] = {}
-        self.wishes: list[EnsureLoaded | SettleVModel] = []
+        self.wishes: list[EnsureLoaded | SettleVModel | LoadOn] = []
         self._waiters: dict[ModelId, list[Waiter]] = {}
 
     # What a test says
@@ -230,7 +231,7 @@ class Pod:
                 case Wake(model_id):
                     for waiter in self._waiters.pop(model_id, ()):
                         waiter.woken = True
-                case EnsureLoaded() | SettleVModel():
+                case EnsureLoaded() | SettleVModel() | LoadOn():
                     self.wishes.append(action)
         self.check()
 

@@ -39,7 +39,7 @@ def test_the_whole_way(pod: Pod) -> None:
     loading = CopyRecord("a", "p1", CopyStatus.LOADING, START_MS, registration=1)
     assert pod.want("a") == [Publish(loading), EstimateSize(model_record("a"))]
     assert pod.step(SizeEstimated("a", 4)) == [StartLoad(model_record("a"))]
-    loaded = CopyRecord("a", "p1", CopyStatus.LOADED, START_MS, 5, registration=1)
+    loaded = CopyRecord("a", "p1", CopyStatus.LOADED, START_MS, 5, registration=1, used_ms=START_MS)
     assert pod.finish("a", 5) == [Publish(loaded), Wake("a")]
     assert pod.step(CopyUnwanted("a")) == [Unpublish("a"), Wake("a"), StartUnload("a")]
     assert pod.step(UnloadFinished("a")) == [Wake("a")]
