@@ -43,6 +43,8 @@ _GIVE_UP_S: Final = 10.0
 """Without a connection; the load ends then."""
 _PACE_S: Final = 0.001
 """How often an open loop looks what is due: about what timers can do."""
+_LINE: Final = 300
+"""Characters of a server's words that are told."""
 _WORDS: Final = 5
 """Different errors told in words; all are counted."""
 
@@ -113,7 +115,7 @@ class Latencies:
     """Latencies in buckets that are one percent wide: memory does not grow with their number."""
 
     def __init__(self) -> None:
-        self._counts = [0] * 2_400  # from a microsecond to seven hours
+        self._counts = [0] * 2_600  # from a microsecond to two days
         self.longest_s = 0.0
 
     def add(self, latency_s: float) -> None:
@@ -268,7 +270,7 @@ class LoadGenerator:
         name = Code(status).name if status in Code.__members__.values() else str(status)
         self.errors[name] += 1
         if len(self._words) < _WORDS:
-            self._words[f"{name}: {text}"] = None
+            self._words[f"{name}: {one_line(text)}"] = None
 
     async def _pace(self) -> None:
         """An open loop's requests that no answer sends: each connection in turn gets what is due."""
@@ -361,6 +363,12 @@ class _Link(Link):
         self.connection.fail(ErrorCode.NO_ERROR, "")
         self.flush()
         self.abort()
+
+
+def one_line(text: str) -> str:
+    """A server's words, which may be a whole traceback."""
+    words = " ".join(text.split())
+    return words if len(words) <= _LINE else f"{words[:_LINE]} ..."
 
 
 def _why(error: OSError) -> str:

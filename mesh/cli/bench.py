@@ -23,7 +23,7 @@ from mesh.config import format_bytes
 from mesh.errors import MeshError
 from mesh.h2_client import H2Client
 from mesh.inference import SERVICE
-from mesh.load_generator import Load, LoadError, LoadGenerator, Result, tree_cpu_s
+from mesh.load_generator import Load, LoadError, LoadGenerator, Result, one_line, tree_cpu_s
 from mesh.loop import new_event_loop
 from mesh.rpc import Metadata
 from mesh.tls import Tls
@@ -147,14 +147,12 @@ def bench(
             result, interrupted = runner.run(_measure(LoadGenerator(load, tls)))
         except LoadError as error:
             raise click.ClickException(str(error)) from None
-    figures = _figures(load, model, result)
-    if str(json_path) == "-":
-        print(figures, end="")
-    else:
+    if json_path is None or str(json_path) != "-":
         _tell(load, model, result)
-    if json_path is not None and str(json_path) != "-":
+    if json_path is not None:
         try:
-            json_path.write_text(figures)
+            with click.open_file(json_path, "w") as file:
+                file.write(_figures(load, model, result))
         except OSError as error:
             raise click.ClickException(f"--json: {json_path}: {error.strerror}") from None
     if interrupted:
@@ -176,7 +174,7 @@ async def _messages(
         try:
             return (await client.call(address, SERVICE + method, message, metadata, deadline))[0]
         except MeshError as error:
-            raise LoadError(f"{method} of {model!r}: {error.code.name}: {error}") from None
+            raise LoadError(f"{method} of {model!r}: {error.code.name}: {one_line(str(error))}") from None
 
     try:
         inputs = shapes

@@ -117,6 +117,12 @@ def test_wrong_use_is_one_sentence(bench: Bench, words: list[str], status: int, 
     assert (ended, out, err.count("\n")) == (status, "", 1)
 
 
+def test_figures_that_cannot_be_written_are_told_all_the_same(bench: Bench) -> None:
+    status, out, err = bench("--model", "mlp", "--json", "/nowhere/figures.json")
+    assert (status, err) == (1, "densemesh: --json: /nowhere/figures.json: No such file or directory\n")
+    assert "answered   60 in " in out
+
+
 def test_no_server(bench: Bench) -> None:
     refused = "densemesh: ModelMetadata of 'm': UNAVAILABLE: 127.0.0.1:1: Connection refused\n"
     assert bench("--model", "m", address="127.0.0.1:1") == (1, "", refused)
