@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from bench.jobs import JobError
 from bench.peers import PEERS
 from bench.peers.base import IDENTITY, INFER, MLP, Peer, PeerError, check, message
-from bench.preframed import Preframed
+from bench.preframed import USUAL, Preframed, PreframedError
 from bench.rig import write_mlp
 
 SMALL, LARGE = 64, 150_528
@@ -68,7 +69,14 @@ Table = dict[str, dict[str, Figure]]
 """By peer and case; the figure is the one of least CPU."""
 
 
-async def measure(peers: Sequence[Peer], cases: Sequence[Case], seconds: float, rounds: int, scratch: Path) -> Table:
+async def measure(
+    peers: Sequence[Peer],
+    cases: Sequence[Case],
+    seconds: float,
+    rounds: int,
+    metadata: Sequence[tuple[str, str]],
+    scratch: Path,
+) -> Table:
     """Load every peer with every case that it serves.
 
     Raises:
@@ -81,7 +89,7 @@ async def measure(peers: Sequence[Peer], cases: Sequence[Case], seconds: float, 
         for peer in able:
             asked = message(case.model, case.floats)
             size = await check(peer.address, case.model, case.floats, is_echo=peer.is_echo)
-            loads[peer.name] = load = Preframed(peer.address, INFER, asked, size)
+            loads[peer.name] = load = Preframed(peer.address, INFER, asked, size, metadata)
             few = 4 * case.connections * case.streams
             rate = await load.send(case.connections, case.streams, few, scratch)  # and warms up
             rate = await load.send(case.connections, case.streams, max(few, int(rate * 0.2)), scratch)
@@ -135,7 +143,14 @@ def markdown(told: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-async def run(names: Sequence[str], cases: Sequence[Case], seconds: float, rounds: int, home: Path) -> dict[str, Any]:
+async def run(
+    names: Sequence[str],
+    cases: Sequence[Case],
+    seconds: float,
+    rounds: int,
+    home: Path,
+    metadata: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
     """Start the peers, measure, stop them; what cannot be had is told and left out.
 
     Raises:
@@ -162,13 +177,14 @@ async def run(names: Sequence[str], cases: Sequence[Case], seconds: float, round
                 await peer.start()
                 peers.append(peer)
                 print(f"{name} serves", file=sys.stderr)
-            table = await measure(peers, cases, seconds, rounds, scratch)
+            table = await measure(peers, cases, seconds, rounds, metadata, scratch)
             versions = {peer.name: peer.version() for peer in peers}
     return {
         "machine": f"{platform.machine()}, Linux {platform.release()}, CPython {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "rounds": rounds,
         "seconds": seconds,
+        "metadata": dict(metadata),
         "versions": versions,
         "proxies": [name for name in table if PEERS[name].is_proxy],
         "table": {name: {case: asdict(figure) for case, figure in row.items()} for name, row in table.items()},
@@ -183,6 +199,9 @@ def main() -> int:
     parser.add_argument("--peers-dir", type=Path, default=Path(".peers"), help="the peers' virtual environments")
     parser.add_argument("--seconds", type=float, default=0.7, help="per figure and round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--metadata", action="store_true", help="with a trace id, a tenant and a token, always the same"
+    )
     parser.add_argument("--json", type=Path, help="keep the figures here")
     asked = parser.parse_args()
     names = list(PEERS) if asked.peers == "all" else asked.peers.split(",")
@@ -191,9 +210,10 @@ def main() -> int:
             parser.error(f"--peers: expected any of {', '.join(PEERS)}, found {name!r}")
     if next(iter(PEERS)) not in names:
         names.insert(0, next(iter(PEERS)))  # what the others are compared with
+    metadata = USUAL if asked.metadata else ()
     try:
-        told = asyncio.run(run(names, CASES, asked.seconds, asked.rounds, asked.peers_dir.absolute()))
-    except PeerError as error:
+        told = asyncio.run(run(names, CASES, asked.seconds, asked.rounds, asked.peers_dir.absolute(), metadata))
+    except (PeerError, PreframedError, JobError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if asked.json:
