@@ -162,5 +162,5 @@ class Admission:
 
 
 def _excess_bytes(copy: Copy) -> int:
-    """How much larger a SIZING copy is than the books say; negative: smaller."""
+    """How much larger a copy is than the books say, SIZING or given up from there; negative: smaller."""
     return copy.measured_bytes - copy.size_bytes

@@ -110,10 +110,10 @@ class LowerTiers:
     # Unloads from the device
 
     def promise_unload(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
-        """Make room below for what the device gives up, if it is worth keeping."""
+        """Make room below for what the device gives up, unless it never came to serve."""
         self.touch(copy.model.model_id, copy.used_ms)
         below = self._below(Tier.DEVICE)
-        if below is not None and not copy.error and not copy.doomed and self._is_current(copy.model):
+        if below is not None and copy.measured_bytes == copy.size_bytes and self._is_current(copy.model):
             self._fill(below, copy, now_ms, actions)
 
     def unload_ended(self, copy: Copy, kept: bool, now_ms: int, actions: list[Action]) -> None:

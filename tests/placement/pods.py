@@ -216,6 +216,8 @@ class Pod:
                     assert len(self.loading) < self.limits.load_slots, "more loads than slots"
                     self.loading[model.model_id] = model
                     self.below.reading[model.model_id] = action
+                    taken = sum(self.memory.values()) + self.cache.bytes_in(CopyState.LOADING)
+                    assert taken <= self.limits.capacity_bytes, "a load starts into memory that is not free"
                 case StartUnload(model_id, keep):
                     assert model_id in self.memory
                     assert model_id not in self.unloading

@@ -262,3 +262,14 @@ def test_answers_to_what_nobody_asked_are_bugs(event: Any) -> None:
     pod.step(CopyUnwanted("a"))
     with pytest.raises((IllegalMove, KeyError)):
         pod.engine.step(event, pod.now_ms)
+
+
+def test_what_is_given_up_before_its_size_is_settled_is_not_kept() -> None:
+    """Room below is promised by the books, which do not have its true size yet."""
+    pod = pod_with(host_bytes=9)
+    held = pod.pin_loaded("x", 6)
+    pod.queue("a", 4)
+    pod.finish("a", 5)
+    assert pod.state("a") is CopyState.SIZING
+    assert pod.step(CopyUnwanted("a"))[-1] == StartUnload("a")
+    pod.unpin(held)
