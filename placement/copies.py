@@ -5,10 +5,12 @@ The engine owns one `LocalCopies`; nothing else moves a copy. Every method appen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
+from typing import Any
 
 from placement.admission import Admission
+from placement.books import Books
 from placement.cache import Cache, Copy
 from placement.costs import LoadCosts
 from placement.holdings import Holdings
@@ -42,6 +44,7 @@ class LocalCopies:
         sizes = {Tier.HOST: limits.host_bytes, Tier.DISK: limits.disk_bytes}
         self.lower = {tier: Holdings(size_bytes, policy()) for tier, size_bytes in sizes.items() if size_bytes}
         """What there is below the device, nearest first."""
+        self.books: Sequence[Books[Any, Any, Any]] = (self.cache, *self.lower.values())
         self._published = Published(pod_id, self.cache, self.lower)
         self._tiers = LowerTiers(self.lower, limits.host_mode, self.cache, view, self.costs, self._published, stats)
         self._moves = Moves(limits, self.cache, self._tiers, self._published, stats)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from placement.holdings import HoldState
 from placement.lifecycle import CopyState
 from placement.messages import Action, CopyUnwanted, Event, StartLoad, StartUnload, Unpublish
-from placement.records import ModelId
+from placement.records import ModelId, Tier
 
 if TYPE_CHECKING:
     from placement.simulator.pods import SimPod
@@ -28,9 +30,9 @@ class Violation(AssertionError):
 
 
 def capacity(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
-    cache = pod.engine.cache
-    if max(cache.resident_bytes, cache.committed_bytes) > cache.capacity_bytes:
-        return f"{cache!r}"
+    for books in pod.engine.copies.books:
+        if max(books.resident_bytes, books.committed_bytes) > books.capacity_bytes:
+            return f"{books!r}"
     return ""
 
 
@@ -85,10 +87,11 @@ AFTER_EVENT: Final[dict[str, StepCheck]] = {
 
 
 def books(pod: SimPod) -> str:
-    try:
-        pod.engine.cache.check()
-    except AssertionError as wrong:
-        return str(wrong) or "the cache's own check fails"
+    for tier in pod.engine.copies.books:
+        try:
+            tier.check()
+        except AssertionError as wrong:
+            return str(wrong) or f"the own check of {tier!r} fails"
     return ""
 
 
@@ -108,12 +111,32 @@ def shell(pod: SimPod) -> str:
     return ""
 
 
+def lower(pod: SimPod) -> str:
+    """What the engine believes to lie below the device does, and with what is on its way there it fits."""
+    coming = Counter[Tier]()
+    for load in pod.loader.loading.values():
+        coming.update(load.keep)
+    for unload in pod.loader.unloading.values():
+        if unload.keep is not None:
+            coming[unload.keep] += pod.loader.memory[unload.model_id].size_bytes
+    for copy_down in pod.loader.demoting.values():
+        coming[copy_down.target] += pod.loader.lower[copy_down.source][copy_down.model_id][1]
+    for tier, holdings in pod.engine.copies.lower.items():
+        there = {model_id: size_bytes for model_id, (_, size_bytes) in pod.loader.lower[tier].items()}
+        believed = {m: held.size_bytes for m, held in holdings.entries.items() if held.state in _LYING}
+        if there != believed:
+            return f"in {tier} are {there}, the engine says {believed}"
+        if sum(there.values()) + coming[tier] > holdings.capacity_bytes:
+            return f"{coming[tier]} bytes are on their way to {tier}: {holdings!r}"
+    return ""
+
+
 def told(pod: SimPod) -> str:
     """Others decide by what a pod publishes."""
-    for model_id, copy in pod.engine.cache.copies.items():
+    for model_id in {model_id for books in pod.engine.copies.books for model_id in books.entries}:
         record, told = pod.engine.copies.published(model_id), pod.publisher.wanted_copy(model_id)
-        if (record and (record.status, record.error)) != (told and (told.status, told.error)):
-            return f"{copy!r} is published as {told}"
+        if (record and (record.status, record.tier, record.error)) != (told and (told.status, told.tier, told.error)):
+            return f"{record} is published as {told}"
     return ""
 
 
@@ -121,8 +144,12 @@ PodCheck = Callable[["SimPod"], str]
 OF_POD: Final[dict[str, PodCheck]] = {
     "books equal sums": books,
     "the engine knows what is in memory": shell,
+    "the engine knows what lies below the device": lower,
     "what is published is what is there": told,
 }
+
+
+_LYING: Final = (HoldState.HELD, HoldState.DROPPING)
 
 
 # When faults have ended and everything has come to rest: the world.
@@ -133,6 +160,10 @@ def nothing_under_way(world: World) -> str:
         for copy in pod.engine.cache.copies.values():
             if copy.state not in (CopyState.LOADED, CopyState.FAILED) or copy.pins:
                 return f"{pod}: {copy!r}"
+        for holdings in pod.engine.copies.lower.values():
+            for holding in holdings.entries.values():
+                if holding.state is not HoldState.HELD or holding.pins:
+                    return f"{pod}: {holding!r}"
         if pod.calls or pod.waiters:
             return f"{pod}: {len(pod.calls)} calls, waited for are {sorted(pod.waiters)}"
     return ""
@@ -162,10 +193,11 @@ def one_view(world: World) -> str:
 def registered(world: World) -> str:
     """No copy outlives its model's registration."""
     for pod in world.pods.values():
-        for model_id, copy in pod.engine.cache.copies.items():
-            model = world.registry.head.models.get(model_id)
-            if model is None or model.created != copy.model.created:
-                return f"{pod}: {copy!r} of registration {copy.model.created}"
+        for books in pod.engine.copies.books:
+            for model_id, entry in books.entries.items():
+                model = world.registry.head.models.get(model_id)
+                if model is None or model.created != entry.model.created:
+                    return f"{pod}: {entry!r} of registration {entry.model.created}"
     return ""
 
 
