@@ -51,6 +51,12 @@ class Chaos:
             load_ms *= 10
         return load_ms, draw() < faults.failed_loads
 
+    def leaves(self) -> Tick:
+        """After what time a client gives up; 0: it does not."""
+        if not self.faults.cancels or self.rng.random() >= self.faults.cancels:
+            return 0
+        return ticks(self.rng.expovariate(1 / 1_000))
+
     def keeps(self) -> bool:
         """Whether a copy down succeeds."""
         return self._ended or not self.faults.unkept or self.rng.random() >= self.faults.unkept

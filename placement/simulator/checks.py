@@ -13,7 +13,12 @@ from placement.records import ModelId, Tier
 
 if TYPE_CHECKING:
     from placement.simulator.pods import SimPod
+    from placement.simulator.requests import Request
     from placement.simulator.world import World
+
+
+ATTEMPTS: Final = 8
+"""`mesh.router`"""
 
 
 class Violation(AssertionError):
@@ -152,6 +157,28 @@ OF_POD: Final[dict[str, PodCheck]] = {
 _LYING: Final = (HoldState.HELD, HoldState.DROPPING)
 
 
+# When a request ends.
+
+
+def bounded(world: World, request: Request) -> str:
+    """Each of its pods may be asked twice per attempt: once more with those that only did not have the model."""
+    most = 2 * ATTEMPTS * (1 + ATTEMPTS)
+    return f"{request.routes} routes" if request.routes > most else ""
+
+
+def no_thrash(world: World, request: Request) -> str:
+    """Loads that one request may cause: as many as may fail for it, and one that goes well."""
+    limits = next(iter(world.pods.values())).engine.limits
+    return f"{request.loads} loads for one request" if request.loads > limits.load_tries + 1 else ""
+
+
+RequestCheck = Callable[["World", "Request"], str]
+OF_REQUEST: Final[dict[str, RequestCheck]] = {
+    "a request is tried a bounded number of times": bounded,
+    "no thrash": no_thrash,
+}
+
+
 # When faults have ended and everything has come to rest: the world.
 
 
@@ -234,6 +261,31 @@ class Checks:
             wrong = check(pod)
             if wrong:
                 raise Violation(name, wrong, pod)
+
+    def ended(self, world: World, request: Request) -> None:
+        self.count += len(OF_REQUEST)
+        for name, check in OF_REQUEST.items():
+            wrong = check(world, request)
+            if wrong:
+                raise Violation(name, wrong, None, request.model.model_id)
+
+    def lease(self, dead: SimPod) -> None:
+        """A dead pod's lease has run out: whoever has seen that has forgotten its copies, and only those of the next
+        pod of its name are left."""
+        world, session = dead.world, dead.publisher.session
+        if session is not None and (session.alive or session.keys):
+            raise Violation("a dead pod's copies go with its lease", f"the registry has {list(session.keys)}", dead)
+        for pod in world.pods.values():
+            world.clock.after(pod.lag + 100, self._seen_to_be_dead, (pod, dead, world.registry.revision))
+
+    def _seen_to_be_dead(self, what: tuple[SimPod, SimPod, int]) -> None:
+        pod, dead, revision = what
+        pod.sync()
+        self.count += 1
+        if pod.alive and pod.view.seen >= revision and pod.world.pods[dead.pod_id] is dead:
+            for model_id in pod.world.models:
+                if dead.pod_id in pod.view.copies(model_id):
+                    raise Violation("a dead pod's copies go with its lease", "it still sees some", pod, model_id)
 
     def at_rest(self, world: World) -> None:
         self.count += len(AT_REST)

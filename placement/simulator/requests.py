@@ -12,14 +12,13 @@ from placement.cache import Copy
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import CopyWanted, Forward, Hop, Join, LoadHere, Refuse, Serve, Why
 from placement.records import PodId, model_key
-from placement.simulator.checks import Violation
+from placement.simulator.checks import ATTEMPTS, Violation
 from placement.simulator.clock import TICKS_PER_MS, Tick, ticks
 from placement.simulator.scenario import SimModel
 
 if TYPE_CHECKING:
     from placement.simulator.pods import SimPod
 
-ATTEMPTS: Final = 8
 MOVED_MS: Final = 1.0
 """`mesh.router`"""
 _UNKNOWN: Final = 1_000 * TICKS_PER_MS
@@ -42,6 +41,8 @@ class Outcome(Enum):
     POD_UNAVAILABLE = "no pod"
     REGISTRY_UNAVAILABLE = "no registry"
     DEADLINE = "deadline exceeded"
+    CANCELLED = "cancelled"
+    """The client went away."""
     CONNECTION_LOST = "connection lost"
     """The client's own pod has died."""
 
@@ -79,6 +80,9 @@ class Request:
     missed: bool = False
     """It waited for a load, or caused one."""
     routes: int = 0
+    """How often a pod was asked where it goes."""
+    loads: int = 0
+    """How many it caused."""
 
 
 @dataclass(eq=False, slots=True)
@@ -239,6 +243,7 @@ def _join(call: Call, copy: Copy) -> Generator[Tick, None, bool]:
 def _load(call: Call) -> Generator[Tick, None, bool]:
     pod, model_id = call.pod, call.request.model.model_id
     call.request.missed = True
+    call.request.loads += model_id not in pod.engine.cache.copies
     if model_id not in pod.view.models:
         raise Failed(Outcome.NOT_FOUND)
     pod.step(CopyWanted(model_id, pod.now_ms))

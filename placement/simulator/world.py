@@ -160,6 +160,7 @@ class World:
         pod.alive = pod.serving = False
         self.tally(pod)
         calls, pod.calls = pod.calls, {}
+        self.clock.after(ticks(self.options.lease_ttl_ms) + 1, self.checks.lease, pod)
         for call in calls:
             assert call.walk is not None
             call.walk.close()
@@ -265,10 +266,20 @@ class World:
             self._ended(call.request, outcome)
 
     def _expire(self, call: Call) -> None:
+        self._stop(call, Outcome.DEADLINE)
+
+    def _cancel(self, call: Call) -> None:
+        """The client, or the pod that forwarded the call, has gone away; whom it was forwarded to hears of that."""
+        awaited = call.awaits
+        self._stop(call, Outcome.CANCELLED)
+        if awaited is not None:
+            self.clock.after(ticks(self.options.network_ms), self._cancel, awaited)
+
+    def _stop(self, call: Call, outcome: Outcome) -> None:
         if call in call.pod.calls:
             assert call.walk is not None
             try:
-                call.walk.throw(Failed(Outcome.DEADLINE))
+                call.walk.throw(Failed(outcome))
             except StopIteration:
                 return
             raise Violation("a request ends at its deadline", "it goes on", call.pod, call.request.model.model_id)
@@ -300,10 +311,15 @@ class World:
                 self._ended(request, Outcome.CONNECTION_LOST)
                 return
             pod = found
-        self.begin(Call(request, pod, Hop.CLIENT, now + self._timeout))
+        call = Call(request, pod, Hop.CLIENT, now + self._timeout)
+        leaves = self.chaos.leaves()
+        if leaves:
+            self.clock.after(leaves, self._cancel, call)
+        self.begin(call)
 
     def _ended(self, request: Request, outcome: Outcome) -> None:
         self.open -= 1
+        self.checks.ended(self, request)
         model, took = request.model, self.clock.now - request.began
         if self.trace is not None:
             said = f"request ended after {took / TICKS_PER_MS:.1f} ms: {outcome.value}"
