@@ -36,6 +36,7 @@ ATTEMPTS: Final = 8
 _MOVED_S: Final = 0.001
 """How long a request whose copy has just moved waits for the registry's watch to say so; doubles with each try."""
 
+_OF_A_LOAD: Final = (LoadFailed, LoadUnavailable, NoRoom)
 _KEPT: Final = 4_096
 _Told = dict[ModelId, tuple[ModelRecord | None, Metadata]]
 
@@ -108,6 +109,7 @@ class Router:
         without: set[PodId] = set()
         """Of those, the ones that only did not have it: they can load it, if it comes to that."""
         last: MeshError | None = None
+        loads_failed = 0
         begun, call.begun = call.begun, None
         for attempt in range(ATTEMPTS):
             engine.stats.retries += attempt > 0
@@ -141,6 +143,10 @@ class Router:
                 if hop is not Hop.CLIENT or not error.try_elsewhere or isinstance(route, Refuse):
                     raise
                 last = error
+                # Counted here too: the registry's watch may not have told yet of those that this request met.
+                loads_failed += isinstance(error, _OF_A_LOAD)
+                if loads_failed >= engine.limits.load_tries:
+                    raise
                 asked = route.pod_id if isinstance(route, Forward) else engine.pod_id
                 exclude.add(asked)
                 if not isinstance(error, NotHere):

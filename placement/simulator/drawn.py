@@ -57,7 +57,7 @@ def draw(seed: int) -> tuple[Options, Clients]:
         host_bytes=rng.choice([0, 0, 20, 100]),
         disk_bytes=rng.choice([0, 0, 50, 300]),
         host_mode=rng.choice(list(HostMode)),
-        duration_ms=rng.choice([20_000, 60_000, 120_000]),
+        duration_ms=rng.choice([10_000, 30_000, 60_000]),
         load_slots=rng.randint(1, 3),
         run_slots=rng.choice([0, 0, 1, 4]),
         timeout_ms=rng.choice([1_000, 10_000, 30_000]),
@@ -94,7 +94,7 @@ def draw(seed: int) -> tuple[Options, Clients]:
     )
     clients = Clients(
         models=rng.randint(3, 40),
-        requests_per_s=rng.choice([2.0, 10.0, 40.0]),
+        requests_per_s=rng.choice([1.0, 5.0, 20.0]),
         zipf=rng.choice([0.0, 0.9, 1.5]),
         load_ms=rng.choice([20.0, 500.0, 3_000.0]),
         fill=rng.choice([0.1, 0.4, 0.9]),

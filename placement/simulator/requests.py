@@ -51,6 +51,7 @@ ELSEWHERE: Final = frozenset(
     (Outcome.LOAD_FAILED, Outcome.LOAD_UNAVAILABLE, Outcome.NO_ROOM, Outcome.NOT_HERE, Outcome.POD_UNAVAILABLE)
 )
 """`MeshError.try_elsewhere`"""
+_OF_A_LOAD: Final = frozenset((Outcome.LOAD_FAILED, Outcome.LOAD_UNAVAILABLE, Outcome.NO_ROOM))
 _REFUSED: Final = {
     Why.LOAD_FAILED: Outcome.LOAD_FAILED,
     Why.LOAD_FAILED_FOR_NOW: Outcome.LOAD_UNAVAILABLE,
@@ -83,6 +84,8 @@ class Request:
     """How often a pod was asked where it goes."""
     loads: int = 0
     """How many it caused."""
+    surprises: int = 0
+    """Copies that were not there when it came, or went while it waited; pods that died."""
 
 
 @dataclass(eq=False, slots=True)
@@ -156,6 +159,7 @@ def _walk(call: Call) -> Walk:
     exclude: set[PodId] = set()
     without: set[PodId] = set()
     last: Outcome | None = None
+    loads_failed = 0
     for attempt in range(ATTEMPTS):
         request.routes += 1
         route = engine.route(model_id, hop, exclude, pod.now_ms)
@@ -187,6 +191,9 @@ def _walk(call: Call) -> Walk:
             if hop is not Hop.CLIENT or failed.outcome not in ELSEWHERE or isinstance(route, Refuse):
                 raise
             last = failed.outcome
+            loads_failed += last in _OF_A_LOAD
+            if loads_failed >= engine.limits.load_tries:
+                raise
             asked = route.pod_id if isinstance(route, Forward) else engine.pod_id
             exclude.add(asked)
             if last is not Outcome.NOT_HERE:
@@ -235,6 +242,7 @@ def _join(call: Call, copy: Copy) -> Generator[Tick, None, bool]:
             raise Failed(
                 Outcome.NO_ROOM if copy.no_room else Outcome.LOAD_UNAVAILABLE if copy.retryable else Outcome.LOAD_FAILED
             )
+        call.request.surprises += 1
         return False
     finally:
         pod.unpin(copy)
@@ -270,6 +278,7 @@ def _forward(call: Call, pod_id: PodId, hop: Hop) -> Walk:
         if answer is not Outcome.OK:
             assert answer is not None
             reached = answer is not Outcome.POD_UNAVAILABLE
+            call.request.surprises += not reached or answer is Outcome.NOT_HERE
             raise Failed(answer)
     finally:
         call.awaits = call.answer = None

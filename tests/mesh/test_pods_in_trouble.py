@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 
-from loaders.base import Tensor
+from loaders.base import LoaderError, Tensor
 from loaders.synthetic import SyntheticModel
 from mesh.config import Config
 from mesh.pod import Pod
@@ -166,6 +166,19 @@ async def test_a_pod_that_lost_its_lease_registers_anew(three: Mesh) -> None:
     await three.seen_by_all("m", "b")
     assert await three.infer("m", "a") == "b"
     assert three.loads.count("m") <= 2  # none since
+
+
+async def test_a_load_is_tried_on_three_pods_whatever_the_watch_has_told(loads: Loads) -> None:
+    """`Limits.load_tries`. Found by the simulator (--drawn --seed 3003): a request whose pod's watch was behind went on
+    to as many pods as it had attempts."""
+    async with running("abcdef", loads) as mesh:
+        await mesh.register("m")
+        mesh.registries["a"].watching.clear()
+        loads.failures = {pod_id: LoaderError("corrupt") for pod_id in mesh.pods}
+        status, message = await mesh.clients["a"].refusal("ModelInfer", request_for("m"))
+        assert (status, "corrupt" in message) == ("FAILED_PRECONDITION", True)
+        assert loads.count("m") == 3
+        mesh.registries["a"].watching.set()
 
 
 async def test_without_the_registry_loaded_models_serve_and_management_is_unavailable(three: Mesh) -> None:
