@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mesh import router
-from placement.simulator import requests
+from placement.simulator import checks, requests
 from placement.simulator.drawn import Clients, draw
 from placement.simulator.options import Faults, Options
 from placement.simulator.report import Report
@@ -24,7 +24,7 @@ def run(options: Options, clients: Clients) -> Report:
 
 
 def test_requests_walk_as_the_router_lets_them() -> None:
-    assert requests.ATTEMPTS == router.ATTEMPTS
+    assert checks.ATTEMPTS == router.ATTEMPTS
     assert requests.MOVED_MS == router._MOVED_S * 1e3
 
 
