@@ -114,7 +114,14 @@ class Driver:
         """The model of a LOADED copy."""
         return self._loaded[model_id]
 
-    def want(self, model_id: ModelId, *, last_used_ms: int | None = None, priority: Priority | None = None) -> None:
+    def want(
+        self,
+        model_id: ModelId,
+        *,
+        last_used_ms: int | None = None,
+        priority: Priority | None = None,
+        is_prefetch: bool = False,
+    ) -> None:
         """The model should be loaded here.
 
         Raises:
@@ -122,7 +129,8 @@ class Driver:
         """
         if model_id not in self.engine.view.models:
             raise ModelNotFound(f"model {model_id!r} is not registered")
-        self.step(CopyWanted(model_id, now_ms() if last_used_ms is None else last_used_ms, priority))
+        used_ms = now_ms() if last_used_ms is None else last_used_ms
+        self.step(CopyWanted(model_id, used_ms, priority, is_prefetch))
 
     async def changed(self, model_id: ModelId) -> None:
         """Return when the model's copy here has ended a load, a failure or an unload."""
@@ -133,6 +141,9 @@ class Driver:
 
     def pin(self, copy: Copy) -> None:
         self.engine.pin(copy)
+
+    def join(self, copy: Copy, priority: Priority | None, is_prefetch: bool) -> None:
+        self.engine.join(copy, priority, is_prefetch=is_prefetch)
 
     def unpin(self, copy: Copy) -> None:
         self._decide(self.engine.unpin, copy)

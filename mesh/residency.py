@@ -9,7 +9,7 @@ from typing import Final
 
 from mesh.driver import Driver
 from mesh.errors import MeshError
-from mesh.router import HOP, MODEL, Router
+from mesh.router import HOP, MODEL, PREFETCH, Router
 from mesh.rpc import HOLDER, Call, Client
 from placement.cache import Copy
 from placement.messages import CopyUnwanted, Hop, LoadOn
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _BACKGROUND_S: Final = 600.0
 """How long a load may take that nobody waits for (ModelMesh: 600 s)."""
+
+_AHEAD: Final = ((PREFETCH, "1"),)
 
 ENSURE_LOADED: Final = "/mmesh.ModelMesh/ensureLoaded"
 
@@ -35,14 +37,17 @@ class Residency:
         self._tasks = tasks
         self._under_way: set[ModelId] = set()
 
-    async def ensure_loaded(self, model_id: ModelId, deadline: float, used_ms: int | None = None) -> PodId:
-        """Return the pod that holds the model when it is loaded there.
+    async def ensure_loaded(
+        self, model_id: ModelId, deadline: float, used_ms: int | None = None, *, is_prefetch: bool = False
+    ) -> PodId:
+        """Return the pod that holds the model when it is loaded there; `is_prefetch`: nobody is kept from anything
+        meanwhile.
 
         Raises:
             MeshError: see `Router.walk`.
         """
         request = pb.EnsureLoadedRequest(modelId=model_id, lastUsedTime=used_ms or 0, sync=True)
-        call = Call(ENSURE_LOADED, (), deadline)
+        call = Call(ENSURE_LOADED, _AHEAD if is_prefetch else (), deadline)
         async with asyncio.timeout_at(deadline):
             await self.ensure_for(call, request.SerializeToString(), model_id, Hop.CLIENT, used_ms)
         return call.reply_metadata[HOLDER]
@@ -56,7 +61,8 @@ class Residency:
     async def ensure_quietly(self, model_id: ModelId, used_ms: int | None = None) -> None:
         """`ensure_loaded` with a long deadline, whose failure is only logged."""
         try:
-            await self.ensure_loaded(model_id, asyncio.get_running_loop().time() + _BACKGROUND_S, used_ms)
+            deadline = asyncio.get_running_loop().time() + _BACKGROUND_S
+            await self.ensure_loaded(model_id, deadline, used_ms, is_prefetch=True)
         except MeshError as error:
             log.warning("%s", error)
         except TimeoutError:
@@ -69,12 +75,12 @@ class Residency:
         pod = self._engine.view.pods.get(wanted.pod_id)
         deadline = asyncio.get_running_loop().time() + _BACKGROUND_S
         request = pb.EnsureLoadedRequest(modelId=wanted.model_id, sync=True).SerializeToString()
-        metadata = ((HOP, Hop.LOAD_HERE.value), (MODEL, wanted.model_id.encode()))
+        metadata = ((HOP, Hop.LOAD_HERE.value), (MODEL, wanted.model_id.encode()), *_AHEAD)
         try:
             async with asyncio.timeout_at(deadline):
                 if wanted.pod_id == self._engine.pod_id:
                     await self.ensure_for(
-                        Call(ENSURE_LOADED, (), deadline), request, wanted.model_id, Hop.LOAD_HERE, None
+                        Call(ENSURE_LOADED, _AHEAD, deadline), request, wanted.model_id, Hop.LOAD_HERE, None
                     )
                 elif pod is not None:
                     await self._client.call(pod.address, ENSURE_LOADED, request, metadata, deadline)

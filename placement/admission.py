@@ -55,8 +55,9 @@ class Admission:
         no_room_for: dict[object, int] = {}
         for copy in self._in_turn():
             alike = copy.tenant, copy.priority, copy.is_prefetch
-            if copy.is_prefetch and no_room_for:
-                return  # what it would take is waited for
+            if copy.is_prefetch and no_room_for:  # what it would take is waited for
+                self._reject(copy, now_ms, actions)
+                continue
             least = no_room_for.get(alike, copy.size_bytes + 1)
             if copy.size_bytes >= least or not self._make_room(copy, copy.size_bytes, now_ms, actions):
                 no_room_for[alike] = min(least, copy.size_bytes)

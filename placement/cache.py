@@ -94,16 +94,15 @@ class Copy:
     def requests(self) -> int:
         return self.pins
 
-    def join(self, used_ms: int, priority: Priority | None, is_prefetch: bool) -> None:
+    def used(self, used_ms: int) -> None:
         """Somebody else wants it while it is on its way."""
         self.used_ms = max(self.used_ms, used_ms)
         self.uses += 1
-        self.is_prefetch = self.is_prefetch and is_prefetch
-        self.raise_priority(priority)
 
-    def raise_priority(self, priority: Priority | None) -> None:
-        """To a request's own; None: it has none, so the model's counts."""
+    def asked(self, priority: Priority | None, is_prefetch: bool) -> None:
+        """By somebody of this class (None: the model's), who may not be waiting."""
         self.priority = min(self.priority, priority or self.model.priority, key=RANK.__getitem__)
+        self.is_prefetch = self.is_prefetch and is_prefetch
 
     def is_lesser(self, other: Copy) -> bool:
         """Whether it has less claim to be loaded than another: nobody waits for it, or who does is of a lower class."""

@@ -88,7 +88,8 @@ class LocalCopies:
             self.cache.policy.touch(event.model_id, used_ms)
             copy.used_ms = max(copy.used_ms, used_ms)
         else:
-            copy.join(used_ms, event.priority, event.is_prefetch)
+            copy.used(used_ms)
+            copy.asked(event.priority, event.is_prefetch)
 
     def estimated(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
         if copy.state is not CopyState.QUEUED or copy.estimated:

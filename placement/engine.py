@@ -93,12 +93,8 @@ class Engine:
         exclude: Set[PodId],
         now_ms: int,
         used_ms: int | None = None,
-        *,
-        priority: Priority | None = None,
-        is_prefetch: bool = False,
     ) -> Route:
-        """Where a request for a model goes. `used_ms` is the time at which the use counts, if not now; `priority` the
-        request's own, if it has one; `is_prefetch`: nobody waits for it.
+        """Where a request for a model goes. `used_ms` is the time at which the use counts, if not now.
 
         1. A copy is loaded here: serve it.
         2. From a client, and a copy is loaded elsewhere: forward to a holder.
@@ -122,7 +118,7 @@ class Engine:
             if forward is not None:
                 return forward
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
-            copy.join(used_ms, priority, is_prefetch)
+            copy.used(used_ms)
             self.stats.joins += 1
             return Join(copy)
         if hop is Hop.CLIENT:
@@ -147,8 +143,14 @@ class Engine:
         self.stats.hits += times
 
     def pin(self, copy: Copy) -> None:
-        """A request uses the copy, or waits for it: it will not be evicted."""
+        """A request uses the copy: it will not be evicted."""
         copy.pins += 1
+
+    def join(self, copy: Copy, priority: Priority | None = None, *, is_prefetch: bool = False) -> None:
+        """A request waits for the copy, which is pinned and comes in its turn: `priority` is its own class, if
+        it has one; `is_prefetch`: whoever sent it does not need it yet."""
+        copy.pins += 1
+        copy.asked(priority, is_prefetch)
 
     def unpin(self, copy: Copy, now_ms: int) -> Sequence[Action]:
         """The request has ended. Usually nothing follows."""

@@ -230,7 +230,7 @@ def _join(call: Call, copy: Copy) -> Generator[Tick, None, bool]:
     """False: the copy went away meanwhile."""
     pod, model_id = call.pod, copy.model.model_id
     call.request.missed = True
-    pod.engine.pin(copy)
+    pod.engine.join(copy)
     try:
         while copy.state in IN_FLIGHT and not copy.doomed:
             pod.waiters.setdefault(model_id, []).append(call)

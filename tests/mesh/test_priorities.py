@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from protos import management_pb2 as mm
 from tests.mesh.pods import Loads, Mesh, request_for, running, until
 
 
@@ -59,3 +60,26 @@ async def test_another_class_is_refused_on_every_way(loads: Loads) -> None:
             metadata = [("densemesh-priority", "urgent")]
             status, _ = await mesh.clients[pod_id].refusal("ModelInfer", request_for("m"), metadata=metadata)
             assert status == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("through", ["a", "b"])
+async def test_what_nobody_waits_for_is_loaded_last(loads: Loads, through: str) -> None:
+    """Asked for before the others, also through a hop: `ensureLoaded` without `sync`."""
+    async with running("", loads) as mesh:
+        await mesh.start("a", load_slots=1)
+        await mesh.start("b", capacity="1KiB")
+        await mesh.together()
+        gate = loads.hold("first")
+        for model_id in ("first", "ahead", "asked"):
+            await mesh.register(model_id)
+        requests = [asyncio.create_task(mesh.infer("first"))]
+        await loads.begun()
+        cache = mesh.pods["a"].engine.cache
+        await mesh.clients[through].call("ensureLoaded", mm.EnsureLoadedRequest(modelId="ahead"))
+        await until(lambda: "ahead" in cache.copies and cache.copies["ahead"].estimated)
+        requests.append(asyncio.create_task(mesh.infer("asked", through)))
+        await until(lambda: "asked" in cache.copies and cache.copies["asked"].estimated)
+        gate.set()
+        await asyncio.gather(*requests)
+        await until(lambda: loads.count("ahead") == 1)
+        assert [model_id for _, model_id in loads.seen] == ["first", "asked", "ahead"]

@@ -84,7 +84,7 @@ class Requests:
             pod.unpin(copy)
 
     def _join(self, pod: Pod, copy: Copy) -> Generator[Waiter | None, None, bool]:
-        pod.engine.pin(copy)
+        pod.engine.join(copy)
         try:
             while copy.state in IN_FLIGHT and not copy.doomed:
                 yield pod.wait(copy.model.model_id)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from placement.lifecycle import CopyState
 from placement.link import OLDEST_EVERY, Transfer, next_transfer, turn_key
-from placement.messages import CopyWanted, Hop, SizeEstimated
+from placement.messages import CopyWanted, SizeEstimated
 from placement.records import ModelRecord, Priority, TenantRecord
 from tests.placement.pods import Pod
 
@@ -139,8 +139,8 @@ def test_priority_is_the_models_or_that_of_a_request_if_higher() -> None:
     queued(pod, "raised", priority=Priority.LOW)
     queued(pod, "normal")
     queued(pod, "high", 500 * MB, priority=Priority.HIGH)
-    pod.engine.route("raised", Hop.LOAD_HERE, set(), pod.now_ms, priority=Priority.HIGH)
-    pod.engine.route("high", Hop.LOAD_HERE, set(), pod.now_ms, priority=Priority.LOW)
+    pod.engine.join(pod.copy("raised"), Priority.HIGH)
+    pod.engine.join(pod.copy("high"), Priority.LOW)
     assert order(pod) == ["raised", "high", "normal", "low"]
 
 
