@@ -20,6 +20,8 @@ _VALIDITY: Final = re.compile(
     rb"\x30.(?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z", re.DOTALL
 )
 """A certificate's validity in DER: a sequence of two times with two or four digits of the year (RFC 5280 §4.1.2.5)."""
+_CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
+"""Of TLS 1.2: those that RFC 9113, appendix A, does not forbid. Those of TLS 1.3 are not chosen here."""
 _NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE")
 
 
@@ -88,6 +90,8 @@ class Tls:
             self._trust(accepting, "client_ca", pems)
         for context in (calling, accepting):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(_CIPHERS)
+            context.options |= ssl.OP_NO_RENEGOTIATION  # RFC 9113 §9.2.1
             context.set_alpn_protocols(["h2"])
             if self.files.cert:
                 self._show(context, pems)

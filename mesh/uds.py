@@ -22,9 +22,9 @@ def free(address: str) -> Path:
     except FileNotFoundError:
         return path
     with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return path
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        probe.setblocking(False)
+        answer = probe.connect_ex(os.fspath(path))
+    if answer != errno.ECONNREFUSED:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    path.unlink(missing_ok=True)
+    return path

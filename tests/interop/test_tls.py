@@ -115,8 +115,7 @@ async def test_who_is_not_is_refused_at_once_and_told(
     wrong_certificate = TlsFiles(ca=authority.ca, **dict(zip(("cert", "key"), stranger.issue(), strict=True)))
     wrong_authority = TlsFiles(cert=files.cert, key=files.key, ca=stranger.ca)
     wrong_name = TlsFiles(cert=files.cert, key=files.key, ca=authority.ca, name="elsewhere")
-    handled = Handled()
-    async with serving(frontend, handled, Tls(files)) as (_, address):
+    async with serving(frontend, Handled(), Tls(files)) as (_, address):
         for wrong, says in (
             (no_certificate, "may be expected"),
             (wrong_certificate, "may be expected"),
@@ -230,3 +229,47 @@ async def test_alpn_is_required(protocols: list[str] | None, authority: Authorit
         reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
         assert not await knocked(reader, writer)
         await disconnected(int(port))
+
+
+@pytest.mark.parametrize(
+    ("version", "ciphers", "served"),
+    [
+        (ssl.TLSVersion.TLSv1_3, "DEFAULT", True),
+        (ssl.TLSVersion.TLSv1_2, "DEFAULT", True),
+        (ssl.TLSVersion.TLSv1_2, "AES256-GCM-SHA384", False),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-AES256-SHA384", False),
+    ],
+)
+async def test_what_http2_forbids_of_tls_1_2(
+    version: ssl.TLSVersion, ciphers: str, served: bool, authority: Authority
+) -> None:
+    """RFC 9113 §9.2.2 and appendix A: no cipher without an ephemeral key and AEAD."""
+    context = ssl.create_default_context(cafile=authority.ca)
+    context.set_alpn_protocols(["h2"])
+    context.maximum_version = version
+    context.set_ciphers(ciphers)
+    async with serving("h2", Handled(), Tls(authority.files(mutual=False))) as (_, address):
+        host, port = address.split(":")
+        try:
+            reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        except OSError:
+            assert not served
+        else:
+            assert served
+            writer.write(b"not HTTP")
+            await knocked(reader, writer)
+        await disconnected(int(port))
+
+
+async def test_our_client_requires_it_as_well(authority: Authority, opened: Opened) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.issue())
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await knocked(reader, writer)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(PodUnavailable, match="it does not speak HTTP/2 over TLS"):
+            await echo(opened("h2", Tls(TlsFiles(ca=authority.ca))), f"127.0.0.1:{port}")
+        await disconnected(port)
