@@ -1,4 +1,4 @@
-"""Requests of one kind (`mesh.rowwise`) that are run together, and how that is done.
+"""One batch: requests that are run together, and what becomes of each.
 
 What fails together is run one by one: a bad request fails alone.
 """
@@ -14,10 +14,11 @@ from itertools import accumulate
 from typing import Final
 
 from loaders.base import InferError, LoadedModel, Tensor
-from mesh.errors import InvalidRequest, MeshError, ModelFailed
+from mesh.errors import MODEL_FAILURES, InvalidRequest, MeshError, ModelFailed
+from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
-from mesh.rowwise import rows_of, stack
-from mesh.workers import InLine, Job, Pace
+from mesh.rowwise import Kind, rows_of, stack
+from mesh.workers import Job
 from placement.cache import Copy
 from placement.records import Priority
 
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 
 Results = dict[str, Tensor]
 
-MOST_ROWS: Final = 128
-"""Of a batch, where the model's settings do not say."""
+MOST_ROWS: Final = 32
+"""Of a batch in a thread, where the model's settings do not say: all of it waits for all of it."""
 MOST_BYTES: Final = 8 << 20
 """Of a batch's requests: what is larger gains little by company, and copying it costs."""
 
@@ -34,7 +35,9 @@ MOST_BYTES: Final = 8 << 20
 class Item:
     """One request in a batch."""
 
-    __slots__ = ("future", "inputs", "rows", "size_bytes")
+    __slots__ = ("batch", "future", "inputs", "rows", "size_bytes")
+
+    batch: Batch
 
     def __init__(
         self, inputs: Mapping[str, Tensor], rows: int, size_bytes: int, future: asyncio.Future[Results]
@@ -52,33 +55,38 @@ class Batch:
         self,
         copy: Copy,
         resident: Resident,
-        outputs: Sequence[str],
-        first: Item,
-        in_line: InLine,
+        kind: Kind,
         priority: Priority,
+        items: list[Item],
+        in_line: InLine,
     ) -> None:
         self.copy = copy
+        self.resident = resident
+        self.kind = kind
         self.priority = priority
-        self.items = [first]
-        self.rows = first.rows
+        self.key = id(copy), kind, priority
+        """What requests have in common that may join."""
+        self.items = items
+        self.rows = sum(item.rows for item in items)
         self.due_s = math.inf
         """Loop time at which it is sent to the threads."""
         self.timer: asyncio.Handle | None = None
         self.job: Job[list[Results | MeshError]] | None = None
-        self._resident = resident
-        self._outputs = outputs
         self._in_line = in_line
-        self._size_bytes = first.size_bytes
+        self._size_bytes = sum(item.size_bytes for item in items)
         self._begun = False
         self._lock = threading.Lock()
+        for item in items:
+            item.batch = self
 
     def add(self, item: Item) -> bool:
         """Whether there was room, and time."""
         with self._lock:
             rows, size_bytes = self.rows + item.rows, self._size_bytes + item.size_bytes
-            if self._begun or rows > most_rows(self._resident) or size_bytes > MOST_BYTES:
+            if self._begun or rows > most_rows(self.resident) or size_bytes > MOST_BYTES:
                 return False
             self.items.append(item)
+            item.batch = self
             self.rows, self._size_bytes = rows, size_bytes
             return True
 
@@ -92,11 +100,18 @@ class Batch:
             self._size_bytes -= item.size_bytes
             return not self.items
 
+    def parts(self, count: int) -> list[Batch]:
+        """As many batches of about as many requests each, instead of this one."""
+        return [
+            Batch(self.copy, self.resident, self.kind, self.priority, self.items[n::count], self._in_line)
+            for n in range(count)
+        ]
+
     def work(self) -> list[Results | MeshError]:
         """Run what has come."""
         with self._lock:
             self._begun = True
-        return infer_together(self._resident, [item.inputs for item in self.items], self._outputs)
+        return infer_together(self.resident, [item.inputs for item in self.items], self.kind[0])
 
     @property
     def pace(self) -> Pace:
@@ -114,7 +129,7 @@ def most_rows(resident: Resident) -> int:
 
 def enough_rows(resident: Resident) -> int:
     """For which no batch waits longer."""
-    return min(*resident.settings.preferred_batch_sizes, most_rows(resident), MOST_ROWS)
+    return min((*resident.settings.preferred_batch_sizes, most_rows(resident)))
 
 
 def infer_together(
@@ -124,7 +139,7 @@ def infer_together(
     if len(requests) > 1:
         try:
             results = resident.model.infer(stack(requests), outputs)
-        except Exception as error:
+        except MODEL_FAILURES as error:
             log.debug("a batch failed, its requests are run one by one: %s", error)
         else:
             rows = [rows_of(request) for request in requests]
@@ -154,6 +169,6 @@ def infer(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequence[st
         return model.infer(inputs, outputs)
     except InferError as error:
         raise (InvalidRequest if error.bad_input else ModelFailed)(str(error)) from None
-    except Exception as error:
+    except MODEL_FAILURES as error:
         log.exception("a model broke")
         raise ModelFailed(f"the model broke: {type(error).__name__}: {error}") from None

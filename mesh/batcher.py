@@ -1,9 +1,9 @@
 """Runs models: alone or with other requests in one call, on the loop or in a thread.
 
-A request that cannot run at once waits with others of its kind (`mesh.rowwise`) as one batch. The batch goes to the
-threads at the end of the loop's turn, or where the model's settings ask for a delay, when that has passed, when enough
-has come or when a deadline is near; requests join it until a thread begins it. So a batch is what has come while the
-threads were busy, and nobody waits longer for it than without.
+A request that cannot run on the loop waits with others of its kind (`mesh.rowwise`) as one batch. At the end of the
+loop's turn the batch goes to the threads, in parts if several are idle, and requests join it until a thread begins it:
+a batch is what has come while all threads were busy, and nobody waits for others where one is idle. Only where the
+model's settings ask for a delay does it go later: when that has passed, enough has come, or a deadline is near.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from loaders.base import Tensor
 from mesh.batch import Batch, Item, Results, enough_rows, infer
 from mesh.errors import MeshError
 from mesh.histogram import Histogram
+from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
 from mesh.rowwise import Kind, is_rowwise, kind_of, rows_of
-from mesh.workers import InLine, Pace, Workers
+from mesh.workers import Workers
 from placement.cache import Copy
 from placement.records import Priority
 
 log = logging.getLogger(__name__)
 
+_TRY_S: Final = 0.25
+"""Models whose runs take longer are tried, which takes four runs, only if their settings ask for batches."""
 _KINDS: Final = 64
 """Kinds of requests that are tried for one model."""
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -49,16 +53,18 @@ class Batcher:
         """Requests in one run of a model."""
 
     def runs_in_line(self, pace: Pace) -> bool:
-        """Whether a run may be made on the loop now: it is known to be fast, and nobody waits for a thread."""
-        return pace.in_line and self._in_line.has_time and not self._workers.is_queueing
+        """Whether a run may be made on the loop now: it is known to be fast, and the turn has time for it."""
+        return pace.in_line and self._in_line.has_time
 
-    def may_batch(self, copy: Copy, resident: Resident, kind: Kind, inputs: Callable[[], Mapping[str, Tensor]]) -> bool:
+    def may_batch(
+        self, copy: Copy, resident: Resident, kind: Kind, inputs: Callable[[], Mapping[str, Tensor]] | None
+    ) -> bool:
         """Whether requests of the kind may be run together. If that is not known, it is tried in a thread, with a
-        request of the kind that has rows."""
+        request of the kind that has rows; None: it is not worth it."""
         if not resident.together:
             return False
         tried = resident.tried.get(kind)
-        if tried is None and len(resident.tried) < _KINDS:
+        if tried is None and inputs is not None and len(resident.tried) < _KINDS:
             resident.tried[kind] = False
             self._pin(copy)
             given = inputs()
@@ -82,7 +88,7 @@ class Batcher:
         outputs: Sequence[str],
         size_bytes: int,
         deadline: float,
-        priority: Priority | None,
+        priority: Priority | None = None,
     ) -> Results:
         """Run a model on a request of about this size, on a copy that the caller has pinned; `priority`: the request's
         own, in place of its model's.
@@ -99,26 +105,28 @@ class Batcher:
             self.sizes.observe(1)
             return self._in_line.run(pace, lambda: infer(resident.model, inputs, outputs))
         kind, rows = kind_of(inputs, outputs), rows_of(inputs)
-        key = id(copy), kind, priority or copy.model.priority
-        batch = self._latest.get(key)
-        has_company = bool(rows) and (batch is not None or delay_s > 0)
-        together = has_company and self.may_batch(copy, resident, kind, lambda: inputs)
         item = Item(inputs, rows, size_bytes, self._loop.create_future())
+        priority = priority or copy.model.priority
+        batch = self._latest.get((id(copy), kind, priority)) if rows else None
+        has_company = rows > 0 and (batch is not None or delay_s > 0)
+        is_worth_it = delay_s > 0 or 0 < pace.typical_s < _TRY_S
+        given = (lambda: inputs) if is_worth_it else None
+        together = has_company and self.may_batch(copy, resident, kind, given)
         if batch is None or not together or not batch.add(item):
             if batch is not None:
                 self._send_by(batch, -math.inf)  # it is full
-            batch = Batch(copy, resident, outputs, item, self._in_line, key[2])
+            batch = Batch(copy, resident, kind, priority, [item], self._in_line)
             self._pin(copy)
             if rows:
-                self._latest[key] = batch
+                self._latest[batch.key] = batch
         now = self._loop.time()
         waits = together and batch.rows < enough_rows(resident) and now + delay_s < deadline
         self._send_by(batch, now + delay_s if waits else now)
         try:
             return await item.future
         except asyncio.CancelledError:
-            if batch.leave(item):
-                self._give_up(batch)
+            if item.batch.leave(item):
+                self._give_up(item.batch)
             raise
 
     def _send_by(self, batch: Batch, due_s: float) -> None:
@@ -140,8 +148,18 @@ class Batcher:
         if self.runs_in_line(batch.pace):
             self._ended(batch, self._in_line.run(batch, batch.work))
             return
-        batch.job = self._workers.submit(batch.work, batch, batch.priority)
-        batch.job.future.add_done_callback(lambda future: self._ended(batch, future.result()))
+        parts = 1 if batch.resident.settings.max_queue_delay_us else min(self._workers.idle, len(batch.items))
+        batches = batch.parts(parts) if parts > 1 else [batch]  # nobody waits for others while a thread does nothing
+        if parts > 1:
+            for part in batches:
+                self._pin(part.copy)
+            self._forget(batch)
+        for part in batches:
+            part.job = self._workers.submit(part.work, part, part.priority)
+            part.job.future.add_done_callback(partial(self._done, part))
+
+    def _done(self, batch: Batch, results: asyncio.Future[list[Results | MeshError]]) -> None:
+        self._ended(batch, results.result())
 
     def _give_up(self, batch: Batch) -> None:
         """Nobody is left in a batch that was not begun."""
@@ -164,6 +182,5 @@ class Batcher:
 
     def _forget(self, batch: Batch) -> None:
         self._unpin(batch.copy)
-        for key, latest in list(self._latest.items()):
-            if latest is batch:
-                del self._latest[key]
+        if self._latest.get(batch.key) is batch:
+            del self._latest[batch.key]

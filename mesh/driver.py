@@ -19,10 +19,11 @@ from loaders.base import Artifact, LoaderError
 from mesh import __version__
 from mesh.batcher import Batcher
 from mesh.errors import ModelNotFound
+from mesh.in_line import InLine
 from mesh.publisher import Publisher
 from mesh.repository import ModelSettings, from_key
 from mesh.resident import Resident
-from mesh.workers import InLine, Workers
+from mesh.workers import Workers
 from placement.cache import Copy
 from placement.engine import Engine
 from placement.messages import (

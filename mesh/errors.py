@@ -162,6 +162,9 @@ class InternalError(MeshError):
         super().__init__("the server could not handle this request; its log says why")
 
 
+MODEL_FAILURES: Final = (Exception, SystemExit)
+"""What a model may raise: one that wants to exit fails its request, and does not end the pod."""
+
 BY_REASON: Final[dict[str, type[MeshError]]] = {
     error.reason: error for error in (LoadFailed, LoadUnavailable, NoRoom, NotHere, PodUnavailable)
 }

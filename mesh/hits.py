@@ -13,16 +13,15 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mesh.batch import most_rows
 from mesh.directory import NAMING, Directory
 from mesh.driver import Driver, now_ms
-from mesh.errors import MeshError
+from mesh.errors import MODEL_FAILURES, MeshError
 from mesh.histogram import Histogram
+from mesh.in_line import Pace
 from mesh.plans import Plan, Tensors, answered, answered_together, split
 from mesh.resident import Resident
 from mesh.router import CREATED, HOP, MODEL, PRIORITY, Router, priority_of
 from mesh.rpc import HOLDER, Call, Caller, Head
-from mesh.workers import Pace
 from placement.cache import Copy
 from placement.lifecycle import CopyState
 from placement.records import ModelId
@@ -32,6 +31,7 @@ _MODEL_NAME: Final = ModelInferRequest.MODEL_NAME_FIELD_NUMBER
 _MATTER: Final = NAMING | {HOP, f"{HOP}-bin", MODEL, MODEL.removesuffix("-bin"), CREATED, f"{CREATED}-bin", PRIORITY}
 """Headers on which it depends which model a call means, or that may be wrong."""
 _MEMO: Final = "hits"
+_MOST_ROWS: Final = 128
 _MOST_BYTES: Final = 256 << 10
 """Of requests that are run as one on the loop: larger ones gain nothing by it, and copying them costs."""
 
@@ -160,7 +160,9 @@ class Hits:
             return 1
         if not self._batcher.may_batch(group.copy, group.resident, plan.kind, lambda: plan.arrays(tensors)):
             return 1
-        return max(min(most_rows(group.resident) // plan.rows, _MOST_BYTES // group.size_bytes), 1)
+        return max(
+            min((group.resident.settings.max_batch_size or _MOST_ROWS) // plan.rows, _MOST_BYTES // group.size_bytes), 1
+        )
 
     def _run(
         self, group: _Group, pace: Pace, id_fields: Sequence[bytes], tensors: Sequence[Tensors]
@@ -171,7 +173,7 @@ class Hits:
         began_s = time.perf_counter()
         try:
             results = group.resident.model.infer(inputs, plan.outputs)
-        except Exception:  # the handler meets it again, and reports it
+        except MODEL_FAILURES:  # the handler meets it again, and reports it
             return None
         finally:
             self._in_line.ran(pace, time.perf_counter() - began_s)

@@ -16,9 +16,9 @@ from prometheus_client.registry import Collector
 
 from mesh.errors import Code, MeshError
 from mesh.histogram import Histogram
+from mesh.in_line import InLine
 from mesh.rpc import Call, Handlers, Unary
 from mesh.tls import Tls
-from mesh.workers import InLine
 from placement.engine import Engine
 from placement.lifecycle import CopyState
 

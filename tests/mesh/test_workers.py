@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from mesh.workers import FAST_S, SLOW_S, TURN_S, InLine, Pace, Workers
+from mesh.in_line import FAST_S, SLOW_S, TURN_S, InLine, Pace
+from mesh.workers import Workers
 from placement.records import Priority
 
 TIMEOUT_S = 30.0
