@@ -237,6 +237,7 @@ class ServerProtocol(H2Protocol[ServerConnection]):
 
     def settle(self, call: Stream, headers: tuple[tuple[str, str], ...], response: bytes) -> None:
         if call.owner is TAKEN:
+            call.owner = None
             self.connection.reply(call, self.server.block(headers), response)
 
     def give_back(self, call: Stream, message: bytes) -> None:

@@ -9,6 +9,7 @@ the handler (`mesh.inference`), which says why.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -26,6 +27,8 @@ from placement.cache import Copy
 from placement.lifecycle import CopyState
 from placement.records import ModelId
 from protos.inference_pb2 import ModelInferRequest
+
+log = logging.getLogger(__name__)
 
 _MODEL_NAME: Final = ModelInferRequest.MODEL_NAME_FIELD_NUMBER
 _MATTER: Final = NAMING | {HOP, f"{HOP}-bin", MODEL, MODEL.removesuffix("-bin"), CREATED, f"{CREATED}-bin", PRIORITY}
@@ -122,8 +125,12 @@ class Hits:
         groups, self._groups = self._groups, {}
         callers: dict[Caller, None] = {}
         for group in groups.values():
-            served = self._serve(group, callers)
-            self._engine.served(group.copy, served, now_ms())
+            served = 0
+            try:
+                served = self._serve(group, callers)
+                self._engine.served(group.copy, served, now_ms())
+            except Exception:
+                log.exception("requests are left to their handler")
             for caller, call, message, *_ in group.waiting[served:]:
                 caller.give_back(call, message)
             self._driver.unpin(group.copy)

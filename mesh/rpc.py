@@ -113,7 +113,7 @@ class Caller(Protocol):
         ...
 
     def give_back(self, call: Any, message: bytes) -> None:
-        """The call is the handler's after all."""
+        """The call is the handler's after all, if it was not settled."""
         ...
 
     def flush(self) -> None:

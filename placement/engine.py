@@ -135,12 +135,15 @@ class Engine:
         return self._to_holder(model_id, _NOBODY, now_ms)
 
     def served(self, copy: Copy, times: int, now_ms: int) -> None:
-        """As many requests were served on a LOADED copy without asking `route`, which would have said nothing else."""
+        """Requests were served on a copy that was LOADED when they were, without asking `route`, which would have said
+        nothing else."""
+        self.stats.hits += times
+        if copy.state is not CopyState.LOADED:  # it was given up since, and waits for its pins
+            return
         touch, model_id = self.cache.policy.touch, copy.model.model_id
         for _ in range(times):
             touch(model_id, now_ms)
         copy.used_ms = max(copy.used_ms, now_ms)
-        self.stats.hits += times
 
     def pin(self, copy: Copy) -> None:
         """A request uses the copy: it will not be evicted."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from loaders.base import InferError, Signature, Tensor, TensorSpec
+from mesh import hits
 from mesh.driver import Driver
 from mesh.errors import MeshError
 from mesh.h2_client import H2Client
@@ -262,6 +263,23 @@ async def test_models_that_are_never_batched(one: One, monkeypatch: pytest.Monke
     assert model.runs == [1] * 9
     expected = [0] * 9 if isinstance(model, Averaging) else list(range(9))
     assert [answer(said).item() for said in answers] == expected
+
+
+async def test_a_bug_leaves_no_request_waiting(one: One, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the handler's then."""
+    await one.known(request("mlp", {"x": rows(1)}))
+
+    broke: list[Any] = []
+
+    def broken(*arguments: Any) -> None:
+        broke.append(arguments)
+        raise ZeroDivisionError("nobody thought of this")
+
+    monkeypatch.setattr(hits, "answered_together", broken)
+    x = rows(1)
+    for said in await one.together(*[request("mlp", {"x": x})] * 5):
+        np.testing.assert_allclose(answer(said), mlp(x), rtol=1e-4, atol=1e-5)
+    assert broke
 
 
 async def test_headers_name_the_model(one: One) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from placement.lifecycle import CopyState
 from placement.messages import (
+    CopyUnwanted,
     Forward,
     Hop,
     Join,
@@ -33,6 +34,20 @@ def test_1_serving_makes_the_copy_the_last_to_go(pod: Pod) -> None:
     pod.load("b", last_used_ms=START_MS - 5)
     route(pod, "a")
     assert list(pod.cache.policy.coldest(0)) == ["b", "a"]
+
+
+def test_1_served_counts_and_touches_as_route_does(pod: Pod) -> None:
+    a = pod.load("a", last_used_ms=START_MS - 9)
+    pod.load("b", last_used_ms=START_MS - 5)
+    before = pod.engine.stats.hits
+    pod.engine.served(a, 3, pod.now_ms)
+    assert pod.engine.stats.hits == before + 3
+    assert list(pod.cache.policy.coldest(0)) == ["b", "a"]
+    pod.engine.pin(a)
+    pod.step(CopyUnwanted("a"))
+    assert a.state is CopyState.UNLOADING  # and waits for its last request, which was let in before
+    pod.engine.served(a, 1, pod.now_ms)
+    assert pod.engine.stats.hits == before + 4
 
 
 def test_1_a_use_may_lie_back_but_not_ahead(pod: Pod) -> None:
