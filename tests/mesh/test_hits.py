@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from loaders.base import InferError, Signature, Tensor, TensorSpec
-from mesh import hits
+from mesh import hits, in_line
 from mesh.driver import Driver
 from mesh.errors import MeshError
 from mesh.h2_client import H2Client
+from mesh.in_line import Pace
 from mesh.resident import Resident
 from mesh.rpc import Metadata
 from placement.records import ModelRecord
@@ -88,6 +89,8 @@ async def one(loads: Loads, repository: Path, monkeypatch: pytest.MonkeyPatch) -
         return load_model(driver, model)
 
     monkeypatch.setattr(Driver, "_load_model", load)
+    monkeypatch.setattr(Pace, "measured", lambda pace, elapsed_s: None)  # nothing here depends on the machine's mood
+    monkeypatch.setattr(in_line, "TURN_S", 3_600.0)
     try:
         await mesh.start("a", models=str(repository), capacity="256MiB")
         yield pod
