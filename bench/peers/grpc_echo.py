@@ -15,7 +15,7 @@ import grpc
 from bench.jobs import ROOT
 from bench.peers.base import IDENTITY, Peer, PeerError
 
-_SOURCE: Final = Path(__file__).with_name("inside") / "grpc_cpp_echo.cc"
+_SOURCE: Final = Path(__file__).with_name("inside") / "grpc_echo.cc"
 
 
 class GrpcCpp(Peer):
@@ -39,7 +39,7 @@ class GrpcCpp(Peer):
         flags = subprocess.run(
             ["pkg-config", "--cflags", "--libs", "grpc++"], capture_output=True, text=True, check=True
         )
-        program = self.scratch / "grpc_cpp_echo"
+        program = self.scratch / "grpc_echo"
         compiler = ["g++", "-O2", "-std=c++17", "-o", str(program), str(_SOURCE), *shlex.split(flags.stdout)]
         compiled = subprocess.run(compiler, capture_output=True, text=True, check=False)
         if compiled.returncode:

@@ -1,5 +1,5 @@
 // gRPC C++ at its leanest: one thread on one completion queue gives the message of any unary method back.
-// Comparator of bench.dataplane: grpc_cpp_echo PORT
+// Comparator of bench.dataplane: grpc_echo PORT
 
 #include <grpcpp/generic/async_generic_service.h>
 #include <grpcpp/grpcpp.h>
