@@ -11,7 +11,7 @@ from cachetools import TTLCache
 from mesh.errors import InvalidRequest, ModelNotFound, RegistryUnavailable, Unimplemented
 from mesh.mirror import Mirror
 from mesh.registry.base import RegistryError
-from mesh.rpc import Call
+from mesh.rpc import Call, Head
 from mesh.wire import peek_string
 from placement.records import ModelId, model_key, vmodel_key
 from placement.view import ClusterView
@@ -65,16 +65,27 @@ class Directory:
             raise InvalidRequest("the model's name is missing from both the message and the header mm-model-id")
         return await self.named(check_id("the model's name", name))
 
-    def known(self, call: Call, message: bytes, field_number: int) -> ModelId | None:
+    def is_named(self, head: Call | Head) -> bool:
+        """Whether headers have a say in which model is meant.
+
+        Raises:
+            InvalidRequest
+        """
+        return bool(self._named(head)[0])
+
+    def _named(self, head: Call | Head) -> tuple[str, str]:
+        named: tuple[str, str] | None = head.memo.get(_NAMED)
+        if named is None:
+            named = head.memo[_NAMED] = _named(head)
+        return named
+
+    def known(self, head: Call | Head, message: bytes, field_number: int) -> ModelId | None:
         """What `resolve` says, if that can be said at once; None: ask it. What is registered can be a name.
 
         Raises:
             InvalidRequest
         """
-        named: tuple[str, str] | None = call.memo.get(_NAMED)
-        if named is None:
-            named = call.memo[_NAMED] = _named(call)
-        kind, name = named
+        kind, name = head.memo.get(_NAMED) or self._named(head)
         if not kind:
             return self.known_name(peek_string(message, field_number) or "")
         if kind == _MODEL:
@@ -147,14 +158,15 @@ class Directory:
         return found
 
 
-def _named(call: Call) -> tuple[str, str]:
+def _named(head: Call | Head) -> tuple[str, str]:
     """The header that names the model or vmodel, if one does, and the name; no name if there are several.
 
     Raises:
         InvalidRequest
     """
-    if call.keys is not None and call.keys.isdisjoint(NAMING):
+    if head.keys is not None and head.keys.isdisjoint(NAMING):
         return "", ""
+    call = head if isinstance(head, Call) else Call(head.path, head.metadata, 0, keys=head.keys)
     models, vmodels = call.texts(_MODEL), call.texts(_VMODEL)
     if call.texts("mm-required") or len(models) + len(vmodels) > 1:
         return _MODEL, ""

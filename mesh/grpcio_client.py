@@ -84,6 +84,9 @@ class GrpcioClient:
         options = [*_OPTIONS, ("grpc.ssl_target_name_override", name)] if name else _OPTIONS
         return _Peer(grpc.aio.secure_channel(address, credentials, options=options), pems)
 
+    def ready(self, address: str) -> None:
+        """grpcio's server sends nothing on by itself."""
+
     async def forget(self, address: str) -> None:
         peer = self._peers.pop(address, None)
         if peer is not None:

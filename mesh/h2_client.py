@@ -55,7 +55,7 @@ class H2Client:
         raise as_mesh_error(exchange, address)
 
     def ready(self, address: str) -> Peer | None:
-        """The peer, if there is a connection (`Peer.link`) on which it can be called at once."""
+        """The peer, if there is a connection (`Peer.link`) on which it can be called at once: what `h2_relay` needs."""
         peer = self._peers.get(address)
         return peer if peer is not None and peer.link is not None and peer.link.connection.ready else None
 

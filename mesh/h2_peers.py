@@ -80,6 +80,14 @@ class Link(H2Protocol[ClientConnection]):
             self.wake()
         return stream
 
+    def begin(self, block: bytes, exchange: Exchange, size: int, start: bytes) -> Stream:
+        """The same for a call whose message follows in pieces: see `ClientConnection.begin`."""
+        stream = self.connection.begin(block, exchange, size, start)
+        if exchange.deadline < self._due:
+            self._look_at(exchange.deadline)
+        self.wake()
+        return stream
+
     def cancel(self, stream: Stream) -> None:
         """Nobody waits for the answer any more."""
         self.connection.cancel(stream)

@@ -92,7 +92,9 @@ class H2Protocol(asyncio.Protocol, Generic[C]):
             connection.out.clear()
             return
         while True:
-            if connection.out:
+            if connection.is_bulky:  # not joined: the kernel takes the parts as they are
+                transport.writelines(connection.take_parts())
+            elif connection.out:
                 transport.write(connection.take())
             if not connection.sending:
                 break

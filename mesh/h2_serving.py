@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 from mesh.errors import Code, DeadlineExceeded, InternalError, MeshError
 from mesh.h2_calls import Compressed, Running, unpacked
 from mesh.h2_protocol import H2Protocol
-from mesh.h2_relay import Passage, pass_on
+from mesh.h2_relay import Passage, pass_on, pass_start
 from mesh.h2_shared import TAKEN, Method, Shared
 from mesh.h2_streaming import Incoming, conduct_stream
 from mesh.http2.frames import ErrorCode
@@ -18,8 +18,7 @@ from mesh.http2.grpc import RequestHead
 from mesh.http2.hpack import Field
 from mesh.http2.server import ACCEPTED, ServerConnection
 from mesh.http2.streams import State, Stream
-from mesh.rpc import Call
-from mesh.rpc import Unary as UnaryHandler
+from mesh.rpc import Begun, Call
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +26,15 @@ _LATE: Final = "the deadline passed before the request was served"
 
 
 class _Waiting:
-    """A unary call whose one message has come, and whose end has not."""
+    """A unary call whose end has not come, and whose one message has, unless it was on its way elsewhere in vain."""
 
-    __slots__ = ("compressed", "message", "method")
+    __slots__ = ("begun", "compressed", "message", "method")
 
-    def __init__(self, method: Method, message: bytes, *, compressed: bool) -> None:
+    def __init__(self, method: Method, message: bytes | None, *, compressed: bool, begun: Begun | None = None) -> None:
         self.method = method
         self.message = message
         self.compressed = compressed
+        self.begun = begun
 
 
 class ServerProtocol(H2Protocol[ServerConnection]):
@@ -96,6 +96,11 @@ class ServerProtocol(H2Protocol[ServerConnection]):
         if head.timeout_s is not None:
             running.timer = self.loop.call_at(self.deadline(stream), self.expire, stream)
 
+    def opening(self, stream: Stream, piece: bytes) -> None:
+        method = stream.owner
+        if type(method) is Method and method.relay is not None and not stream.flag:
+            pass_start(self, stream, method.relay, piece, self.deadline(stream))
+
     def message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
         owner = stream.owner
         if type(owner) is Method:
@@ -103,7 +108,12 @@ class ServerProtocol(H2Protocol[ServerConnection]):
                 self._begun(stream, owner, message, compressed=compressed)
             else:
                 stream.owner = _Waiting(owner, message, compressed=compressed)
-        elif type(owner) is _Waiting:
+        elif type(owner) is _Waiting and owner.message is None:
+            owner.message = message
+            if ended:
+                self.end(stream)
+        elif type(owner) is _Waiting or type(owner) is Passage:
+            self.aborted(stream)
             self.connection.status(stream, Code.UNIMPLEMENTED, "several messages in a unary call")
         elif owner.incoming is not None:
             owner.incoming.put(message, compressed=compressed)
@@ -115,8 +125,14 @@ class ServerProtocol(H2Protocol[ServerConnection]):
         owner = stream.owner
         if type(owner) is Method:
             self.connection.status(stream, Code.UNIMPLEMENTED, "no message in a unary call")
+        elif type(owner) is Passage:
+            owner.finish()
         elif type(owner) is _Waiting:
-            self._begun(stream, owner.method, owner.message, compressed=owner.compressed)
+            assert owner.message is not None
+            if owner.begun is None:
+                self._begun(stream, owner.method, owner.message, compressed=owner.compressed)
+            else:
+                self._run(stream, owner.method, owner.message, compressed=False, begun=owner.begun)
         elif owner.incoming is not None:
             owner.incoming.end()
 
@@ -142,25 +158,34 @@ class ServerProtocol(H2Protocol[ServerConnection]):
 
     def _begun(self, stream: Stream, method: Method, message: bytes, *, compressed: bool) -> None:
         """All of a unary call is there."""
-        quick = method.quick
-        if quick is not None and not compressed:
-            stream.owner = TAKEN
-            if quick(self, stream, stream.head, message, self.deadline(stream)):
+        quick, relay = method.quick, method.relay
+        if not compressed:
+            deadline = self.deadline(stream)
+            if relay is not None and method.is_elsewhere and pass_on(self, stream, relay, message, deadline):
+                return
+            if quick is not None:
+                stream.owner = TAKEN
+                if quick(self, stream, stream.head, message, deadline):
+                    method.is_elsewhere = False
+                    return
+            if relay is not None and not method.is_elsewhere and pass_on(self, stream, relay, message, deadline):
+                method.is_elsewhere = True
                 return
         self._run(stream, method, message, compressed=compressed)
 
-    def _run(self, stream: Stream, method: Method, message: bytes, *, compressed: bool) -> None:
-        """Pass a unary call on, or serve it here."""
+    def _run(
+        self, stream: Stream, method: Method, message: bytes, *, compressed: bool, begun: Begun | None = None
+    ) -> None:
+        """Run the handler."""
         head: RequestHead = stream.head
-        call = Call(head.path, head.metadata, self.deadline(stream), keys=head.keys, memo=head.memo)
+        call = Call(head.path, head.metadata, self.deadline(stream), keys=head.keys, memo=head.memo, begun=begun)
         stream.owner = None
-        now = self.loop.time()
-        if call.deadline <= now:
+        if call.deadline <= self.loop.time():
             self.fail(stream, DeadlineExceeded(_LATE), None)
         elif compressed:
             most_bytes = self.connection.limits.max_message_bytes
             self._drive(stream, call, unpacked(method.handler, call, message, stream, most_bytes))
-        elif method.relay is None or not pass_on(self, stream, method.handler, method.relay, call, message, now):
+        else:
             self._drive(stream, call, cast(Coroutine[Any, Any, bytes], method.handler(call, message)))
 
     def _drive(self, stream: Stream, call: Call, work: Coroutine[Any, Any, bytes]) -> None:
@@ -247,18 +272,12 @@ class ServerProtocol(H2Protocol[ServerConnection]):
 
     # Calls that are passed on (`mesh.h2_relay.Inbound`)
 
-    def answer(self, stream: Stream, headers: tuple[tuple[str, str], ...], response: bytes) -> None:
-        stream.owner = None
-        self.connection.reply(stream, self.server.block(headers), response)
-        if not self._scheduled:
-            self.wake()
-
-    def refuse(self, stream: Stream, call: Call, error: MeshError) -> None:
-        self.fail(stream, error, call)
-        self.wake()
-
-    def handle(self, stream: Stream, handler: UnaryHandler, call: Call, message: bytes) -> None:
-        self._drive(stream, call, cast(Coroutine[Any, Any, bytes], handler(call, message)))
+    def take_back(self, stream: Stream, message: bytes | None, begun: Begun | None) -> None:
+        method = self._methods[stream.head.path]
+        if message is not None and stream.state is State.REMOTE:
+            self._run(stream, method, message, compressed=False, begun=begun)
+        else:
+            stream.owner = _Waiting(method, message, compressed=False, begun=begun)
         self.wake()
 
     def _taken(self, stream: Stream) -> None:

@@ -27,12 +27,14 @@ TAKEN: Final = object()
 class Method:
     """A unary method: who serves it, and who is asked first."""
 
-    __slots__ = ("handler", "quick", "relay")
+    __slots__ = ("handler", "is_elsewhere", "quick", "relay")
 
     def __init__(self, handler: Unary, quick: Quick | None, relay: Relay | None) -> None:
         self.handler = handler
         self.quick = quick
         self.relay = relay
+        self.is_elsewhere = False
+        """The last call was passed on: ask the relay first."""
 
 
 class Shared(Generic[P]):

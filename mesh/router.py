@@ -12,7 +12,7 @@ from typing import Final
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
 from mesh.errors import InvalidRequest, LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
-from mesh.rpc import HOLDER, Call, Client, Metadata
+from mesh.rpc import HOLDER, Call, Client, Head, Metadata, Told
 from placement.cache import Copy
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import Forward, Hop, Join, LoadHere, Refuse, Serve, Why
@@ -41,7 +41,7 @@ _MOVED_S: Final = 0.001
 
 _OF_A_LOAD: Final = (LoadFailed, LoadUnavailable, NoRoom)
 _KEPT: Final = 4_096
-_Told = dict[ModelId, tuple[ModelRecord | None, Metadata]]
+_Told = dict[ModelId, tuple[ModelRecord | None, Told]]
 
 Local = Callable[[Copy, Call, bytes], Awaitable[bytes]]
 """Serves a call on a loaded copy, which stays pinned meanwhile."""
@@ -61,7 +61,7 @@ class Router:
         self._told: tuple[_Told, _Told] = {}, {}
         """`told` for hits and for loads, as long as the registration is the same."""
 
-    def is_from_a_pod(self, call: Call) -> bool:
+    def is_from_a_pod(self, call: Call | Head) -> bool:
         """Whether the call may have come from another pod; `model_of` says for sure."""
         return call.keys is None or HOP in call.keys or _HOP_BINARY in call.keys
 
@@ -200,7 +200,7 @@ class Router:
         finally:
             self._driver.unpin(copy)
 
-    def told(self, model_id: ModelId, hop: Hop) -> Metadata:
+    def told(self, model_id: ModelId, hop: Hop) -> Told:
         """What the pod that is asked next is told beside what the client said."""
         told = self._told[hop is _LOAD_HERE]
         model = self._engine.view.models.get(model_id)
@@ -211,12 +211,12 @@ class Router:
                 said.append((CREATED, str(model.created)))
             if len(told) >= _KEPT:
                 told.clear()
-            known = told[model_id] = model, tuple(said)
+            known = told[model_id] = model, Told(tuple(said))
         return known[1]
 
     async def _forward(self, pod_id: PodId, hop: Hop, call: Call, message: bytes, model_id: ModelId) -> bytes:
         """Send the same bytes to another pod."""
-        metadata = (*passed_on(call.metadata), *self.told(model_id, hop))
+        metadata = (*passed_on(call.metadata), *self.told(model_id, hop).metadata)
         address = self._engine.view.pods[pod_id].address
         reached = True
         self._engine.forward_started(pod_id)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mesh.errors import Code, InvalidRequest, MeshError
+from mesh.wire import PartialPeek
 from placement.messages import Route
 from placement.records import ModelId, PodId
 
@@ -67,34 +68,6 @@ Unary = Callable[[Call, bytes], Awaitable[bytes]]
 Stream = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
 
 
-Onward = tuple[PodId, str, Metadata]
-"""Where a call is passed on to: a pod, its address, and the metadata that comes on top of the call's own."""
-
-
-class Relay(Protocol):
-    """Says, without waiting, to which pod a unary call is to be passed on, so that a front end whose client can do that
-    need not run its handler. Whatever does not go well is left to the handler, with `Call.begun`."""
-
-    client: Client
-
-    def onward(self, call: Call, message: bytes) -> Onward | None:
-        """None: the handler must see to it."""
-        ...
-
-    def passed(self, call: Call) -> Metadata:
-        """What of the call's metadata is passed on."""
-        ...
-
-    def started(self, pod_id: PodId) -> None:
-        """The call is on its way to the pod; `ended` follows, once."""
-        ...
-
-    def ended(self, pod_id: PodId, code: Code | None, elapsed_s: float, *, reached: bool) -> None:
-        """The pod has answered, or could not be reached, or nobody waits for it any more (CANCELLED). `code` None: the
-        handler goes on."""
-        ...
-
-
 class Head(Protocol):
     """What calls with the same headers have in common."""
 
@@ -103,6 +76,44 @@ class Head(Protocol):
     keys: frozenset[str]
     memo: dict[str, Any]
     """For what follows from the headers alone."""
+
+
+class Told:
+    """Metadata that is the same for many calls."""
+
+    __slots__ = ("memo", "metadata")
+
+    def __init__(self, metadata: Metadata) -> None:
+        self.metadata = metadata
+        self.memo: dict[str, Any] = {}
+        """For what follows from it alone."""
+
+
+Onward = tuple[ModelId, PodId, Any, Told]
+"""Where a call is passed on to: for which model, to which pod, with what (`Client.ready`), and what the pod is told
+beside the call's own metadata."""
+
+
+class Relay(Protocol):
+    """Says, without waiting, to which pod a unary call is to be passed on, so that a front end whose client can do that
+    need not run its handler. Whatever does not go well is left to the handler, with `Call.begun`."""
+
+    def onward(self, head: Head, message: bytes) -> Onward | None:
+        """None: the handler must see to it. Else the call is on its way, and `ended` follows, once."""
+        ...
+
+    def onward_begun(self, head: Head, piece: bytes) -> tuple[Onward, PartialPeek | None] | None:
+        """The same for the first piece of a message; what reads along to see that the rest does not change it."""
+        ...
+
+    def passed(self, head: Head) -> Metadata:
+        """What of the call's own metadata is passed on."""
+        ...
+
+    def ended(self, pod_id: PodId, code: Code | None, elapsed_s: float, *, reached: bool) -> None:
+        """The pod has answered, or could not be reached, or nobody waits for it any more (CANCELLED). `code` None: the
+        handler goes on."""
+        ...
 
 
 class Caller(Protocol):
@@ -158,6 +169,10 @@ class Client(Protocol):
             MeshError: the peer's own answer, as the class its reason or code names; `PodUnavailable` if it cannot be
                 reached.
         """
+        ...
+
+    def ready(self, address: str) -> Any | None:
+        """What a front end of the same kind can send calls on with, at once; None: nothing."""
         ...
 
     async def forget(self, address: str) -> None:

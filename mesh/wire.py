@@ -97,3 +97,59 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
     raise InvalidRequest(f"malformed message: the varint before byte {at} is longer than ten bytes")
+
+
+class PartialPeek:
+    """`peek_string` along a message that comes in pieces, for as long as it is what it usually is: one occurrence of
+    the field, in the first piece, and nothing that `peek_string` would refuse."""
+
+    __slots__ = ("_rest", "_skip", "_wanted", "found")
+
+    def __init__(self, field_number: int) -> None:
+        self._wanted = field_number << 3 | 2
+        self._rest = b""
+        """A tag or length that was cut off."""
+        self._skip = 0
+        """Bytes of the last field's contents that are still to come."""
+        self.found: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the message may end here."""
+        return not self._skip and not self._rest
+
+    def feed(self, piece: bytes) -> bool:
+        """The next piece; False: a look at the whole message has to tell."""
+        if self._skip >= len(piece):
+            self._skip -= len(piece)
+            return True
+        data, at = self._rest + piece[self._skip :], 0
+        self._skip, self._rest = 0, b""
+        end = len(data)
+        try:
+            while at < end:
+                start = at
+                tag, at = _varint(data, at)
+                if tag < 8 or tag >> 32:
+                    return False
+                if tag & 7 == 2:
+                    size, at = _varint(data, at)
+                elif tag & 7 == 0:
+                    size = 0
+                    _, at = _varint(data, at)
+                elif tag & 7 in (1, 5):
+                    size = 8 if tag & 7 == 1 else 4
+                else:
+                    return False
+                if tag == self._wanted:
+                    if self.found is not None or at + size > end:
+                        return False
+                    self.found = str(data[at : at + size], "utf-8")
+                at += size
+        except IndexError:
+            self._rest = data[start:]
+            return True
+        except (InvalidRequest, UnicodeDecodeError):
+            return False
+        self._skip = at - end
+        return True

@@ -13,7 +13,6 @@ from typing import Final
 from placement import leader
 from placement.cache import Copy
 from placement.copies import LocalCopies
-from placement.drain import Drain
 from placement.labels import lacks_labels, missing
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.limits import Limits
@@ -46,13 +45,11 @@ from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord,
 from placement.scaling import Scaling
 from placement.selection import Wanted
 from placement.stats import Stats
-from placement.upkeep import Upkeep
 from placement.view import ClusterView
 
 # Members that a forward asks for: looking one up on its enum takes 0.2 us.
 _LOADED_HERE: Final = CopyState.LOADED
 _LOADED: Final = CopyStatus.LOADED
-_HIT_ONLY: Final = Hop.HIT_ONLY
 _NOBODY: Final[frozenset[PodId]] = frozenset()
 _NO_ACTIONS: Final[Sequence[Action]] = ()
 
@@ -82,9 +79,6 @@ class Engine:
         self.forward_ended = self.peers.forward_ended
         self.scaling = Scaling(pod_id, limits, view, self.cache, self.peers)
         self.cache.is_kept = self.scaling.is_kept
-        self._leaders = leader.Leaders()
-        self._upkeep = Upkeep(view, self.peers)
-        self._drain = Drain(view, self.cache, self.peers)
 
     def __repr__(self) -> str:
         return f"<Engine {self.pod_id} {self.copies!r}>"
@@ -119,9 +113,9 @@ class Engine:
             self.stats.hits += 1
             return Serve(copy)
         if hop is Hop.CLIENT:
-            forward = self._to_holder(model_id, exclude, now_ms)
-            if forward is not None:
-                return forward
+            holder = self.peers.holder(model_id, CopyStatus.LOADED, exclude, now_ms)
+            if holder is not None:
+                return self._forward(holder, Hop.HIT_ONLY)
         if copy is not None and copy.state in IN_FLIGHT and not copy.doomed:
             copy.used(used_ms)
             self.stats.joins += 1
@@ -132,12 +126,13 @@ class Engine:
                 return self._forward(holder, Hop.LOAD_HERE)
         return self._place(model_id, copy, hop, exclude, now_ms)
 
-    def route_elsewhere(self, model_id: ModelId, now_ms: int) -> Forward | None:
-        """What `route` says of a client's request if that is a forward to a holder. None: ask `route`."""
+    def holder_elsewhere(self, model_id: ModelId, now_ms: int) -> PodId | None:
+        """The pod to which `route` would forward a client's request for a hit; None: ask `route`. Whoever forwards it
+        counts it."""
         copy = self.cache.copies.get(model_id)
         if copy is not None and copy.state is _LOADED_HERE:
             return None
-        return self._to_holder(model_id, _NOBODY, now_ms)
+        return self.peers.holder(model_id, _LOADED, _NOBODY, now_ms)
 
     def served(self, copy: Copy, times: int, now_ms: int) -> None:
         """Requests were served on a copy that was LOADED when they were, without asking `route`, which would have said
@@ -234,12 +229,9 @@ class Engine:
                 copies.tick(now_ms, actions)
                 self.peers.tick(now_ms)
                 self._scale(runs, now_ms, actions)
-                self._lead(now_ms, actions)
-                if self.draining:
-                    self._drain.plan(now_ms, actions)
+                actions += leader.plan(self.view, self.pod_id)
             case DrainStarted():
                 self.draining = self.peers.draining = True
-                self._drain.plan(now_ms, actions)
         copies.advance(now_ms, actions)
         return actions
 
@@ -249,18 +241,6 @@ class Engine:
             self.copies.tell(model_id, actions)
         for model_id in self.scaling.surplus(now_ms):
             self.copies.unwanted(model_id, now_ms, actions)
-
-    def _lead(self, now_ms: int, actions: list[Action]) -> None:
-        """What is on this pod to do if it is the leader."""
-        if self._leaders.leader(self.view) == self.pod_id:
-            actions += leader.plan(self.view)
-            self._upkeep.plan(now_ms, actions)
-        else:
-            self._upkeep.rest()
-
-    def is_replaced(self, now_ms: int) -> bool:
-        """Of a draining pod: whether what is in use here is loaded elsewhere, as far as it can be."""
-        return self._drain.is_done(now_ms)
 
     # Nobody has it
 
@@ -289,10 +269,6 @@ class Engine:
             self.stats.loads += 1
             return LoadHere()
         return self._forward(target, Hop.LOAD_HERE)
-
-    def _to_holder(self, model_id: ModelId, exclude: Set[PodId], now_ms: int) -> Forward | None:
-        holder = self.peers.holder(model_id, _LOADED, exclude, now_ms)
-        return None if holder is None else self._forward(holder, _HIT_ONLY)
 
     def _forward(self, pod_id: PodId, hop: Hop) -> Forward:
         self.stats.forwards += 1

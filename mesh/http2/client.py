@@ -50,17 +50,24 @@ UNHEARD: Final = "the connection was lost before the first answer; TLS or anothe
 class Exchange:
     """One unary call and how it ended."""
 
-    __slots__ = ("deadline", "headers", "message", "status", "text", "trailers", "unprocessed")
+    __slots__ = ("deadline", "head", "message", "status", "text", "trailers", "unprocessed")
 
     def __init__(self, deadline: float = inf) -> None:
         self.deadline = deadline
         self.status: int
         self.text: str
-        self.headers: tuple[Pair, ...] = ()
+        self.head: ResponseHead | None = None
         self.trailers: tuple[Pair, ...] = ()
         self.message: bytes | None = None
         self.unprocessed = False
         """The peer has not seen the call, so it can be made again (§8.7)."""
+
+    @property
+    def headers(self) -> tuple[Pair, ...]:
+        return () if self.head is None else self.head.metadata
+
+    def opening(self, stream: Stream, piece: bytes) -> None:
+        """The first piece of a response of which `stream.need` more bytes are to come; see `Assembly`."""
 
     def end(self, status: int, text: str) -> None:
         """The rest is known. Called once."""
@@ -99,43 +106,56 @@ class ClientConnection(Connection):
             and self._next_id <= MAX_STREAM_ID
         )
 
-    def call(self, block: bytes, message: bytes, exchange: Exchange) -> Stream:
-        """Make a unary call with a header block of `encoder` or of `literal`; `ready` before."""
-        stream_id = self._next_id
-        self._next_id = stream_id + 2
-        stream = Stream(stream_id, None, self.limits.stream_window, 0.0)
-        stream.owner = exchange
-        self.streams[stream_id] = stream
+    def begin(self, block: bytes, exchange: Exchange, size: int, start: bytes = b"") -> Stream:
+        """Begin a unary call with the start of its message of `size` bytes; the rest follows by `send` and `finish`.
+        Else as `call`."""
+        stream = self._stream(exchange)
         if self.encoder.pending:
             block = self.encoder.updates() + block
+        self.out.append(frames.header_frames(stream.id, block, end_stream=False))
+        self.send(stream, b"\0" + size.to_bytes(4, "big") + start)
+        return stream
+
+    def _stream(self, exchange: Exchange) -> Stream:
+        stream_id = self._next_id
+        self._next_id = stream_id + 2
+        stream = self.streams[stream_id] = Stream(stream_id, None, self.limits.stream_window, 0.0)
+        stream.owner = exchange
+        return stream
+
+    def call(self, block: bytes, message: bytes, exchange: Exchange) -> Stream:
+        """Make a unary call with a header block of `encoder` or of `literal`; `ready` before."""
         size = len(message) + 5
         if (
-            size <= FRAME_BYTES
-            and size <= self._window
-            and size <= self._initial
-            and len(block) <= FRAME_BYTES
-            and self.writable
+            size > FRAME_BYTES
+            or size > self._window
+            or size > self._initial
+            or len(block) > FRAME_BYTES
+            or not self.writable
         ):
-            self._window -= size
-            stream.credit -= size
-            stream.state = LOCAL
-            self.out.append(
-                b"".join(
-                    (
-                        HEAD.pack(len(block) >> 8, len(block) & 0xFF, HEADERS, END_HEADERS, stream_id),
-                        block,
-                        MESSAGE_HEAD.pack(size >> 8, size & 0xFF, DATA, END_STREAM, stream_id, 0, size - 5),
-                        message,
-                    )
+            stream = self.begin(block, exchange, len(message))
+            if stream.id in self.streams and message:
+                self.send(stream, message)
+            if stream.id in self.streams:
+                self.finish(stream, None)
+            return stream
+        stream = self._stream(exchange)
+        stream_id = stream.id
+        if self.encoder.pending:
+            block = self.encoder.updates() + block
+        self._window -= size
+        stream.credit -= size
+        stream.state = LOCAL
+        self.out.append(
+            b"".join(
+                (
+                    HEAD.pack(len(block) >> 8, len(block) & 0xFF, HEADERS, END_HEADERS, stream_id),
+                    block,
+                    MESSAGE_HEAD.pack(size >> 8, size & 0xFF, DATA, END_STREAM, stream_id, 0, size - 5),
+                    message,
                 )
             )
-        else:
-            self.out.append(frames.header_frames(stream_id, block, end_stream=False))
-            self.send(stream, b"\0" + (size - 5).to_bytes(4, "big"))
-            if stream_id in self.streams and message:
-                self.send(stream, message)
-            if stream_id in self.streams:
-                self.finish(stream, None)
+        )
         return stream
 
     def cancel(self, stream: Stream) -> None:
@@ -182,7 +202,7 @@ class ClientConnection(Connection):
             return stop
         trailers: ResponseHead = self.decoder.decode(data[at:after])
         exchange: Exchange = stream.owner
-        exchange.headers = head.metadata
+        exchange.head = head
         exchange.message = data[stop + PREFIX : at - 9]
         self._recv_left -= size + 5
         if trailers.fault is not None or trailers.status != 0:
@@ -219,7 +239,7 @@ class ClientConnection(Connection):
             return  # §8.1: an interim response
         if not stream.started:
             stream.started, stream.head = True, head
-            exchange.headers = head.metadata
+            exchange.head = head
         if ended:
             if head is not stream.head:
                 exchange.trailers = head.metadata
@@ -233,6 +253,11 @@ class ClientConnection(Connection):
         exchange.message = message
         if ended:
             self._end(stream)
+
+    def _opening(self, stream: Stream, piece: bytes) -> None:
+        exchange: Exchange = stream.owner
+        if stream.started and not stream.flag and exchange.message is None:
+            exchange.opening(stream, piece)
 
     def _end(self, stream: Stream) -> None:
         self._refused(stream, INTERNAL, "the response has no trailers")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from mesh.http2 import frames
-from mesh.http2.control import Control
+from mesh.http2.assembly import Assembly
 from mesh.http2.frames import (
     CONTINUATION,
     DATA,
@@ -28,23 +28,28 @@ from mesh.http2.frames import (
 )
 from mesh.http2.hpack import Decoder
 from mesh.http2.limits import Limits
-from mesh.http2.streams import TRANSITIONS, Move, State, Stream
+from mesh.http2.streams import CLOSED, TRANSITIONS, Move
 
 _RECV_DATA: Final = Move.RECV_DATA
 _RECV_END: Final = Move.RECV_END
-_SMALL: Final = 1_024
-"""Chunks smaller than this are gathered, or a message sent byte by byte would take forty times its size."""
+_SHORT: Final = 1_024
+"""Reads that are shorter are joined to what was left of the last one."""
 
 
-class Connection(Control):
+class Connection(Assembly):
     """One connection of one role."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float], decoder: Decoder[Any]) -> None:
         super().__init__(limits, clock, decoder)
         self._recv_left = limits.connection_window
-        self._whole_bytes = min(FRAME_BYTES, limits.stream_window, limits.connection_window >> 1)
+        self.greeted = False
+        """The peer's first bytes were what they must be."""
+        self._half = limits.connection_window >> 1
+        self._stream_half = limits.stream_window >> 1
+        """Below half a window, the peer is given a full one again."""
+        self._whole_bytes = min(FRAME_BYTES, limits.stream_window, self._half)
         """Of a DATA frame that `_whole` takes,"""
-        self._whole_left = (limits.connection_window >> 1) + self._whole_bytes
+        self._whole_left = self._half + self._whole_bytes
         """while so much of the window is left that it need not be looked after."""
 
     def receive(self, data: bytes) -> None:
@@ -53,17 +58,36 @@ class Connection(Control):
             return
         self.received_at = self.clock()
         try:
-            self._frames(self._tail + data if self._tail else data)
+            at = self._rest_of_frame(data) if self._tail else 0
+            if at < len(data) and self.fault is None:
+                self._frames(data, at)
         except ConnectionFault as fault:
             self.fail(fault.code, str(fault))
 
     # Frames
 
-    def _frames(self, data: bytes) -> None:
-        at, end = self._begin(data), len(data)
-        if at < 0:
-            self._tail = data
-            return
+    def _rest_of_frame(self, data: bytes) -> int:
+        """Take the frame that was incomplete: where the next one begins. Of large reads nothing else is copied."""
+        tail = self._tail
+        if len(data) < _SHORT or len(tail) < 9 or not self.greeted:
+            self._tail = b""
+            self._frames(tail + data, 0)
+            return len(data)
+        missing = 9 + int.from_bytes(tail[:3], "big") - len(tail)
+        if missing > len(data):
+            self._tail = tail + data
+            return len(data)
+        self._tail = b""
+        self._frames(tail + data[:missing], 0)
+        return missing
+
+    def _frames(self, data: bytes, at: int) -> None:
+        end = len(data)
+        if not self.greeted:
+            at = self._begin(data)
+            if at < 0:
+                self._tail = data
+                return
         unpack, others = HEAD.unpack_from, _OTHERS
         while end - at >= 9:
             high, low, kind, flags, stream_id = unpack(data, at)
@@ -94,12 +118,13 @@ class Connection(Control):
                 self._spend("unknown frames")  # §5.5: ignored
             if self.fault is not None:
                 return
-        self._tail = data[at:] if at < end else b""
+        if at < end:
+            self._tail = data[at:]
 
     def _on_data(self, data: bytes, start: int, stop: int, flags: int, stream_id: int) -> None:
         size = stop - start
         self._recv_left -= size
-        if self._recv_left < self.limits.connection_window >> 1:
+        if self._recv_left < self._half:
             if self._recv_left < 0:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
             self.out.append(frames.window_update(0, self.limits.connection_window - self._recv_left))
@@ -127,90 +152,21 @@ class Connection(Control):
                 return
         if flags & END_STREAM:
             stream.state = TRANSITIONS[stream.state][_RECV_END]  # type: ignore[assignment]
-            size = stop - start - 5
-            if (
-                stream.need == -1
-                and size >= 0
-                and not stream.prefix
-                and not data[start]
-                and int.from_bytes(data[start + 1 : start + 5], "big") == size
-                and size <= self.limits.max_message_bytes
-            ):  # the usual request: one frame holds all of it
-                self._message(stream, data[start + 5 : stop], compressed=False, ended=True)
-            else:
-                self._assemble(stream, data, start, stop, ended=True)
-            if stream.state is State.CLOSED and stream_id in self.streams:
+            self._assemble(stream, data, start, stop, ended=True)
+            if stream.state is CLOSED and stream_id in self.streams:
                 self._forget(stream)
             return
-        self._assemble(stream, data, start, stop, ended=False)
-        if stream.recv_left < self.limits.stream_window >> 1 and not stream.held:
-            self.credit(stream)
-
-    def credit(self, stream: Stream) -> None:
-        """Let the peer send a full window on the stream again."""
-        if stream.state in (State.OPEN, State.LOCAL) and stream.recv_left < self.limits.stream_window:
-            self.out.append(frames.window_update(stream.id, self.limits.stream_window - stream.recv_left))
-            stream.recv_left = self.limits.stream_window
-
-    def _assemble(self, stream: Stream, data: bytes, at: int, stop: int, *, ended: bool) -> None:
-        """Length-prefixed messages (gRPC over HTTP/2) out of data frames, whose borders mean nothing to them."""
-        while at < stop:
-            if stream.need < 0:
-                take = min(5 - len(stream.prefix), stop - at)
-                stream.prefix += data[at : at + take]
-                at += take
-                if len(stream.prefix) < 5:
-                    break
-                stream.flag, stream.need = stream.prefix[0], int.from_bytes(stream.prefix[1:], "big")
-                stream.size, stream.prefix = 0, b""
-                if stream.flag > 1:
-                    self._refused(stream, 13, f"compressed flag {stream.flag}, expected 0 or 1")
-                    return
-                if stream.need > self.limits.max_message_bytes:
-                    self._refused(stream, 8, f"a message of {stream.need} bytes, {self._most_bytes()}")
-                    return
-            take = min(stream.need, stop - at)
-            if take == stream.need and stream.chunks is None:
-                message, at = data[at : at + take], at + take
+        if 0 < stop - start < stream.need:  # in the middle of a message
+            sink = stream.sink
+            if sink is None or sink.keeps:
+                self._piece(stream, data[start:stop])
             else:
-                self._gather(stream, data, at, take)
-                at += take
-                if self.buffered > self.limits.max_buffered_bytes:
-                    self._refused(stream, 8, "too many bytes of incomplete messages on this connection")
-                    return
-                if stream.need:
-                    break
-                message = b"".join(stream.chunks or ())
-                self.buffered -= stream.size
-                stream.chunks, stream.size = None, 0
-            stream.need = -1
-            self._message(stream, message, compressed=bool(stream.flag), ended=ended and at == stop)
-            if self.fault is not None or stream.id not in self.streams:
-                return
-            if ended and at == stop:
-                return
-        if ended:
-            if stream.need >= 0 or stream.prefix:
-                self._refused(stream, 13, "the stream ended inside a message")
-            else:
-                self._end(stream)
-
-    def _gather(self, stream: Stream, data: bytes, at: int, take: int) -> None:
-        stream.need -= take
-        stream.size += take
-        self.buffered += take
-        if stream.chunks is None:
-            stream.chunks = []
-        last = stream.chunks[-1] if stream.chunks else None
-        if take >= _SMALL:
-            stream.chunks.append(data[at : at + take])
-        elif isinstance(last, bytearray):
-            last += data[at : at + take]
+                stream.need -= stop - start
+                sink.feed(memoryview(data)[start:stop])
         else:
-            stream.chunks.append(bytearray(data[at : at + take]))
-
-    def _most_bytes(self) -> str:
-        return f"at most {self.limits.max_message_bytes} are accepted"
+            self._assemble(stream, data, start, stop, ended=False)
+        if stream.recv_left < self._stream_half and not stream.held:
+            self.credit(stream)
 
     def _on_headers(self, data: bytes, start: int, stop: int, flags: int, stream_id: int) -> None:
         if not self.settled:
@@ -243,7 +199,9 @@ class Connection(Control):
     # Hooks of the roles
 
     def _begin(self, data: bytes) -> int:
-        """Where frames begin in the data: after the preface, if the role expects one; -1: there must be more first."""
+        """Where frames begin in the peer's first data: after the preface, if the role expects one; -1: there must be
+        more first."""
+        self.greeted = True
         return 0
 
     def _whole(self, data: bytes, start: int, stop: int, end: int, stream_id: int) -> int:
@@ -253,18 +211,6 @@ class Connection(Control):
 
     def _headers(self, block: bytes, stream_id: int, *, ended: bool) -> None:
         """A complete header block."""
-        raise NotImplementedError
-
-    def _message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
-        """A complete message; `ended`: the peer's last one."""
-        raise NotImplementedError
-
-    def _end(self, stream: Stream) -> None:
-        """The peer has ended its direction after its last message, or without one."""
-        raise NotImplementedError
-
-    def _refused(self, stream: Stream, code: int, text: str) -> None:
-        """What the peer sends cannot be taken; `code` is gRPC's."""
         raise NotImplementedError
 
 

@@ -88,7 +88,7 @@ class RequestHead:
 class ResponseHead:
     """The headers or the trailers of a response."""
 
-    __slots__ = ("encoding", "fault", "http_status", "message", "metadata", "status")
+    __slots__ = ("encoding", "fault", "http_status", "memo", "message", "metadata", "status")
 
     def __init__(self) -> None:
         self.http_status = ""
@@ -97,6 +97,8 @@ class ResponseHead:
         self.message = ""
         self.encoding = ""
         self.metadata: tuple[Pair, ...] = ()
+        self.memo: dict[str, Any] = {}
+        """For whoever works out something from the rest."""
         self.fault: Malformed | BadBinary | None = None
 
 

@@ -18,12 +18,13 @@ from mesh.http2.frames import (
     ErrorCode,
 )
 from mesh.http2.limits import Budget, Limits
-from mesh.http2.streams import Move, State, Stream
+from mesh.http2.streams import OPEN, REMOTE, Move, State, Stream
 
 _TURN_BYTES: Final = 1 << 20
 """What leaves between two looks at whether the transport still takes bytes."""
 _ROUND_BYTES: Final = 64 << 10
 """What one stream sends before the next one that waits has its turn."""
+_BULKY_BYTES: Final = 32 << 10
 _REMEMBERED: Final = 1_024
 """Streams that we reset and whose late frames we let pass."""
 
@@ -61,20 +62,47 @@ class Outbound:
         return out[0] if len(out) == 1 else b"".join(out)
 
     @property
+    def is_bulky(self) -> bool:
+        """Whether joining what is to be written would cost more than writing its parts."""
+        return self._turn >= _BULKY_BYTES
+
+    def take_parts(self) -> list[bytes | memoryview]:
+        """`take`, not joined."""
+        out, self.out, self._turn = self.out, [], 0
+        return out
+
+    @property
     def sending(self) -> bool:
         """Whether another `pump` may have something to do."""
         return bool(self._waiting) and self.writable and self._window > 0
 
     # Data
 
-    def send(self, stream: Stream, data: bytes) -> None:
+    def send(self, stream: Stream, data: bytes | memoryview) -> None:
         """Send data of a stream as the windows allow. What the peer does not take in the end resets the stream."""
-        stream.move(Move.SEND_DATA)
+        if stream.state is not OPEN and stream.state is not REMOTE:
+            stream.move(Move.SEND_DATA)
+        size = len(data)
+        if (
+            size <= FRAME_BYTES
+            and not stream.queue
+            and self.writable
+            and size <= self._window
+            and size <= self._initial + stream.credit
+            and self._turn < _TURN_BYTES
+        ):  # what is usual goes out at once, as one frame
+            self.out.append(HEAD.pack(size >> 8, size & 0xFF, DATA, 0, stream.id))
+            self.out.append(data)
+            self._window -= size
+            stream.credit -= size
+            self._turn += size
+            self.budget.earn(4 + size / 4_096)  # the peer will answer with window updates
+            return
         if stream.queue is None:
             stream.queue = deque()
         stream.queue.append(memoryview(data))
-        stream.queued += len(data)
-        self.unsent += len(data)
+        stream.queued += size
+        self.unsent += size
         if self.unsent > self.limits.max_unsent_bytes:
             self.reset(stream, ErrorCode.ENHANCE_YOUR_CALM)
             return

@@ -45,6 +45,9 @@ class Calls(Protocol):
     def begin(self, stream: Stream, head: RequestHead) -> None:
         """A request's headers came. It may be answered at once."""
 
+    def opening(self, stream: Stream, piece: bytes) -> None:
+        """The first piece of a message of which `stream.need` more bytes are to come; see `Assembly`."""
+
     def message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
         """The client's next message; `ended`: and its last."""
 
@@ -64,7 +67,6 @@ class ServerConnection(Connection):
         self._calls = calls
         self._accepted_id = MAX_STREAM_ID
         """Streams above it are not served: GOAWAY said so."""
-        self._greeted = False
         self.hello()
 
     @property
@@ -157,13 +159,13 @@ class ServerConnection(Connection):
         return {frames.MAX_CONCURRENT_STREAMS: self.limits.max_streams}
 
     def _begin(self, data: bytes) -> int:
-        if self._greeted:
+        if self.greeted:
             return 0
         if data[: len(PREFACE)] != PREFACE[: len(data)]:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "not HTTP/2")
         if len(data) < len(PREFACE):
             return -1
-        self._greeted = True
+        self.greeted = True
         return len(PREFACE)
 
     def _whole(self, data: bytes, start: int, stop: int, end: int, stream_id: int) -> int:
@@ -263,6 +265,9 @@ class ServerConnection(Connection):
 
     def _message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
         self._calls.message(stream, message, compressed=compressed, ended=ended)
+
+    def _opening(self, stream: Stream, piece: bytes) -> None:
+        self._calls.opening(stream, piece)
 
     def _end(self, stream: Stream) -> None:
         self._calls.end(stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from mesh.http2.frames import ErrorCode
 
@@ -69,6 +69,16 @@ class IllegalMove(Exception):
     """We were about to break the table: a bug, never the peer's doing."""
 
 
+class Sink(Protocol):
+    """Takes the pieces of a message, the first excepted, as they come."""
+
+    keeps: bool
+    """The pieces are also kept, for `Assembly.gathered`."""
+
+    def feed(self, piece: bytes | memoryview) -> None:
+        """The next piece, a view only if it is not kept; `stream.need` more bytes are to come."""
+
+
 class Stream:
     """One stream that is open in at least one direction. Idle and closed streams take no memory."""
 
@@ -89,6 +99,7 @@ class Stream:
         "queued",
         "recv_left",
         "since",
+        "sink",
         "size",
         "started",
         "state",
@@ -114,6 +125,8 @@ class Stream:
         self.need = -1
         self.size = 0
         self.chunks: list[bytes | bytearray] | None = None
+        self.sink: Sink | None = None
+        """Where its pieces go; None: it is put together."""
         self.started = False
         """Headers were sent (server), or came (client)."""
         # What waits to be sent.

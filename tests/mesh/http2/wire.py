@@ -45,6 +45,9 @@ class Echo:
     def begin(self, stream: Stream, head: RequestHead) -> None:
         self.begun.append(head.path)
 
+    def opening(self, stream: Stream, piece: bytes) -> None:
+        """Nothing is to be done before all of it is there."""
+
     def message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
         stream.owner = message
         if ended:
