@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export PIP_NO_INPUT := 1
 
-.PHONY: demo test check protos bench clean
+.PHONY: demo test sim check protos bench clean
 demo: $(VENV)/demo$(if $(TORCH),-torch) ; $(BIN)/python -m bench.demo $(ARGS)
 test: $(VENV)/dev ; $(BIN)/python -m pytest $(ARGS)
+sim: $(VENV)/dev ; $(BIN)/python -m tests.sim $(ARGS)
 bench: $(VENV)/dev ; $(BIN)/python -m bench.all $(ARGS)
 
 check: $(VENV)/dev

@@ -199,21 +199,29 @@ def nothing_under_way(world: World) -> str:
 
 
 def one_view(world: World) -> str:
-    """Views converge: every pod sees what the registry holds, and the registry holds what the pods have."""
-    head = world.registry.head
+    """Views converge: every pod keeps up with the registry, and what it has seen is what the registry holds."""
+    head, past = world.registry.head, world.registry.past
     for pod in world.pods.values():
-        view = pod.view
+        pod.sync()
+        view, seen = pod.view, pod.view.seen
+        if pod.batch.next is not None and pod.batch.next.tick <= world.clock.now - pod.lag:
+            return f"{pod} does not follow the registry"
         if view.pods.keys() != world.pods.keys():
             return f"{pod} sees the pods {sorted(view.pods)} of {sorted(world.pods)}"
         for pod_id, record in head.pods.items():
-            if view.pods[pod_id] != record:
+            if record.revision <= seen and view.pods[pod_id] != record:
                 return f"{pod} sees {view.pods[pod_id]}, the registry has {record}"
-        if dict(view.models) != head.models or view.vmodels != head.vmodels:
+        if len(view.models) != len(head.models) or any(view.models.get(m) != head.models[m] for m in head.models):
             return f"{pod} sees other models"
+        if view.vmodels != head.vmodels:
+            return f"{pod} sees the vmodels {view.vmodels}, the registry has {head.vmodels}"
         for model_id in {*head.models, *pod.engine.cache.copies}:
-            if dict(view.copies(model_id)) != dict(head.copies(model_id)):
-                return f"{pod} sees {view.copies(model_id)} of {model_id}, the registry has {head.copies(model_id)}"
-            told, own = head.copies(model_id).get(pod.pod_id), pod.engine.copies.published(model_id)
+            if any(revision > seen for revision, _ in past.copies.get(model_id, ())):
+                continue  # told again just now
+            sees, has = view.copies(model_id), head.copies(model_id)
+            if sees != has:
+                return f"{pod} sees {dict(sees)} of {model_id}, the registry has {dict(has)}"
+            told, own = has.get(pod.pod_id), pod.engine.copies.published(model_id)
             if (told and told.status) != (own and own.status):
                 return f"{pod} has {own}, the registry says {told}"
     return ""

@@ -80,6 +80,8 @@ class SimPod:
         """Those that are here."""
         self.run_slots: list[Tick] = [0] * options.run_slots
         """When each is free."""
+        self.runs: dict[ModelId, tuple[int, float]] = {}
+        """Of each model since the last tick: how many, and how long they took in ms."""
         self.unknown: dict[ModelId, Tick] = {}
         """`mesh.directory`: models the registry did not know, and until when it is not asked again."""
         self._leading: set[Action] = set()
@@ -110,7 +112,8 @@ class SimPod:
     def _tick(self, _: object) -> None:
         if self.alive:
             self.sync()
-            self.step(messages.Tick())
+            runs, self.runs = self.runs, {}
+            self.step(messages.Tick(runs))
             self.publisher.put(pod_key(self.pod_id), self.engine.pod_record())
             self.world.clock.after(_TICK, self._tick)
 
@@ -171,13 +174,19 @@ class SimPod:
         """The same is planned at every tick until it shows: carry it out once at a time."""
         if action not in self._leading:
             self._leading.add(action)
-            match action:
-                case EnsureLoaded(model_id):
-                    self.world.ensure(self, model_id, lambda _: self._leading.discard(action))
-                case LoadOn(model_id, pod_id):
-                    self.world.load_on(self, model_id, pod_id, lambda _: self._leading.discard(action))
-                case SettleVModel():
-                    self.world.clock.after(ticks(2 * self.world.options.write_ms), self._settle, action)
+            late = ticks(2 * self.world.options.write_ms) if isinstance(action, SettleVModel) else 0
+            self.world.clock.after(late, self._led, action)
+
+    def _led(self, action: EnsureLoaded | LoadOn | SettleVModel) -> None:
+        if not self.alive:
+            return
+        match action:
+            case EnsureLoaded(model_id):
+                self.world.ensure(self, model_id, lambda _: self._leading.discard(action))
+            case LoadOn(model_id, pod_id):
+                self.world.load_on(self, model_id, pod_id, lambda _: self._leading.discard(action))
+            case SettleVModel():
+                self._settle(action)
 
     def _settle(self, action: SettleVModel) -> None:
         """`mesh.vmodels`: a compare-and-set."""

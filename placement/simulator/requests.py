@@ -24,6 +24,7 @@ MOVED_MS: Final = 1.0
 _UNKNOWN: Final = 1_000 * TICKS_PER_MS
 """`mesh.directory`: how long a model the registry did not know is not asked for again."""
 
+_NO_RUNS: Final = (0, 0.0)
 WAIT: Final = -1
 """Yielded by a walk that something will wake; else it yields how many ticks it pauses."""
 Walk = Generator[Tick, None, None]
@@ -221,6 +222,8 @@ def _serve(call: Call, copy: Copy) -> Walk:
             yield ends - now
             if pod.loader.memory.get(model_id) is not resident:
                 raise Violation("no copy is unloaded while in use", f"{copy!r} went under a request", pod, model_id)
+            count, busy_ms = pod.runs.get(model_id, _NO_RUNS)
+            pod.runs[model_id] = count + 1, busy_ms + run / TICKS_PER_MS
     finally:
         resident.users -= 1
         pod.unpin(copy)

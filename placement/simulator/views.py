@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Record, TenantId, TenantRecord, VModelRecord
 from placement.view import ClusterView, same_contents
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from placement.simulator.registry import Batch, Registry
 
 T = TypeVar("T")
+
+_NO_COPIES: Final[Mapping[PodId, CopyRecord]] = MappingProxyType({})
 
 
 class Change(NamedTuple):
@@ -110,6 +113,7 @@ class LaggedView(ClusterView):
         super().__init__()
         self._past = registry.past
         self._head = registry.head
+        self._head_copies = registry.head._copies
         self.ahead: dict[ModelId, ModelRecord] = {}
         """Registrations read past the watch's lag."""
         self.seen = registry.revision
@@ -155,7 +159,7 @@ class LaggedView(ClusterView):
             for revision, before in versions:
                 if revision > self.seen:
                     return before
-        return self._head.copies(model_id)
+        return self._head_copies.get(model_id, _NO_COPIES)
 
     def measured(self, model_id: ModelId) -> int | None:
         model = self.models.get(model_id)
@@ -225,6 +229,8 @@ class LaggedView(ClusterView):
         return self._at(self._past.known.get(model_id), self._head._sizes.get(model_id))
 
     def _model(self, model_id: ModelId) -> ModelRecord | None:
+        if not self.ahead and model_id not in self._past.models:
+            return self._head.models.get(model_id)
         ahead = self.ahead.get(model_id)
         seen = self._at(self._past.models.get(model_id), self._head.models.get(model_id))
         return seen if ahead is None or (seen is not None and seen.revision >= ahead.revision) else ahead

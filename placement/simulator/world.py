@@ -7,6 +7,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Final
 
+from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import Hop, StartLoad
 from placement.policies import POLICIES
 from placement.policies.base import EvictionPolicy
@@ -24,6 +25,7 @@ from placement.simulator.scenario import Workload
 from placement.simulator.trace import Trace
 from placement.simulator.transport import Transport
 
+_UNDER_WAY: Final = (*IN_FLIGHT, CopyState.UNLOADING)
 _PROBES: Final = 100
 """Models that are asked for once more when all is at rest."""
 
@@ -107,7 +109,7 @@ class World:
         self.chaos.end()
         self._pass(self.chaos.heals_in_ms)
         for _ in range(1_000):
-            if not self.open:
+            if not self.open and not any(pod.engine.cache.count(*_UNDER_WAY) for pod in self.pods.values()):
                 break
             self._pass(1_000)
         if self.open:

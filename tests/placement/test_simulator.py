@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
 from mesh import router
-from placement.simulator import checks, requests
+from placement.cache import Cache, Copy
+from placement.lifecycle import CopyState, Move
+from placement.messages import Wake
+from placement.simulator import __main__ as simulator
+from placement.simulator import checks, pods, requests
 from placement.simulator.drawn import Clients, draw
 from placement.simulator.options import Faults, Options
+from placement.simulator.pods import SimPod
 from placement.simulator.report import Report
+from placement.simulator.views import OwnView
 from placement.simulator.world import World
+from placement.view import ClusterView
+from tests.sim import broken
 
 CALM = Options(seed=11, pods=4, duration_ms=10_000)
 CLIENTS = Clients(models=40, requests_per_s=100)
@@ -59,3 +70,69 @@ def test_no_faults_are_none() -> None:
     assert not Faults().any
     assert not replace(Faults(), down_ms=1).any
     assert Faults(crashes=1).any
+
+
+# Planted bugs: a check has to find each, say so, and tell how to see it again.
+
+
+def evict_pinned(cache: Cache, now_ms: int) -> Generator[Copy, None, None]:
+    """As `Cache.evictable`, with a wrong look at pins."""
+    with closing(cache.policy.coldest(now_ms)) as coldest:
+        copies = [cache.copies[model_id] for model_id in coldest]
+    yield from sorted(copies, key=lambda copy: -copy.pins)
+
+
+def free_early(cache: Cache, copy: Copy, move: Move, now_ms: int) -> None:
+    """Bytes are free when an unload begins, not when it has finished."""
+    if move is Move.EVICT:
+        cache.capacity_bytes += copy.size_bytes
+    MOVE(cache, copy, move, now_ms)
+
+
+def miscount(cache: Cache, copy: Copy, move: Move, now_ms: int) -> None:
+    MOVE(cache, copy, move, now_ms)
+    if move is Move.SETTLE:
+        cache._bytes[CopyState.LOADED] -= 1
+
+
+MOVE = Cache.move
+
+
+def forget_wake(pod: SimPod, action: object) -> None:
+    """Nobody who waits for a copy hears of it."""
+
+
+def serve_what_is_not_there(view: ClusterView, key: str, revision: int | None = None) -> str | None:
+    """A dead pod's copies stay in the view."""
+    return None if key.startswith("copies/") else REMOVE(view, key, revision)
+
+
+REMOVE = ClusterView.remove
+
+BUGS = {
+    "no copy is evicted while in use": lambda patch: patch.setattr(Cache, "evictable", evict_pinned),
+    "a load starts only into memory that is free": lambda patch: patch.setattr(Cache, "move", free_early),
+    "books equal sums": lambda patch: patch.setattr(Cache, "move", miscount),
+    "all work ends": lambda patch: patch.setitem(pods.CARRY_OUT, Wake, forget_wake),
+    "views converge": lambda patch: patch.setattr(OwnView, "remove", serve_what_is_not_there),
+}
+
+
+@pytest.mark.parametrize("invariant", BUGS)
+def test_a_planted_bug_is_found_and_named(
+    invariant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BUGS[invariant](monkeypatch)
+    arguments = "--seed 5 --pods 2 --models 20 --requests-per-s 60 --duration-ms 10000 --run-ms 50 --own-views"
+    monkeypatch.setattr(sys, "argv", ["simulator", *arguments.split()])
+    assert simulator.main() == 1
+    told = capsys.readouterr().out
+    assert told.startswith("Options(seed=5, pods=2,")
+    assert f": {invariant}: " in told
+    assert told.endswith(f"replay: python -m placement.simulator {arguments}\n")
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(random.SystemRandom().randrange(1 << 32) for _ in range(2))])
+def test_no_invariant_breaks(seed: int) -> None:
+    """A few of the worlds of `make sim`, which are a thousand; the drawn seeds are in the tests' names."""
+    assert not broken(seed)
