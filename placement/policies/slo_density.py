@@ -34,28 +34,32 @@ FAST_MS: Final = 60_000
 SLOW_MS: Final = 1_800_000
 LATENCY_WEIGHT: Final = 0.2
 WAITS: Final = 32
-_REFRESH_MS: Final = 1_000
+_STEP_MS: Final = 1_000
 
 
 @dataclass(slots=True)
 class _Rate:
-    """Decayed counts of uses, as of the last one."""
+    """Decayed counts of uses."""
 
     used_ms: int
+    as_of_ms: int
+    """Until when the counts have faded."""
     fast: float = 0.0
     slow: float = 0.0
 
     def use(self, now_ms: int, uses: int = 1) -> None:
-        elapsed_ms = now_ms - self.used_ms
-        if elapsed_ms > 0:
+        """They fade in steps: of a busy model, most uses are two additions."""
+        elapsed_ms = now_ms - self.as_of_ms
+        if elapsed_ms >= _STEP_MS:
             self.fast *= exp(-elapsed_ms / FAST_MS)
             self.slow *= exp(-elapsed_ms / SLOW_MS)
-            self.used_ms = now_ms
+            self.as_of_ms = now_ms
+        self.used_ms = max(self.used_ms, now_ms)
         self.fast += uses
         self.slow += uses
 
     def per_ms(self, now_ms: int) -> float:
-        elapsed_ms = max(0, now_ms - self.used_ms)
+        elapsed_ms = max(0, now_ms - self.as_of_ms)
         habit = self.slow * exp(-elapsed_ms / SLOW_MS) / SLOW_MS
         return max(habit, (self.fast * exp(-elapsed_ms / FAST_MS) - 1) / FAST_MS)
 
@@ -79,7 +83,7 @@ class SloDensity:
         self._as_of_ms = 0
 
     def insert(self, model_id: ModelId, worth: Worth, used_ms: int, uses: int = 1) -> None:
-        rate = self._ghosts.pop(model_id) or _Rate(used_ms)
+        rate = self._ghosts.pop(model_id) or _Rate(used_ms, used_ms)
         rate.use(used_ms, uses)
         self._entries[model_id] = _Entry(worth, rate)
         self._waits.append(worth.waited_ms)
@@ -105,7 +109,7 @@ class SloDensity:
         self._used.discard(model_id)
 
     def coldest(self, now_ms: int) -> Generator[ModelId, None, None]:
-        self._refresh(now_ms - now_ms % _REFRESH_MS)
+        self._refresh(now_ms - now_ms % _STEP_MS)
         return self._order.ascending()
 
     def oldest_used_ms(self) -> int:

@@ -19,7 +19,7 @@ def test_figures_and_plot(tmp_path: Path) -> None:
         lines.write("time_s,model,tenant\n")
         lines.writelines(f"{number * 20},m{number * number % 37},t\n" for number in range(400))
     command = [sys.executable, "-m", "bench.policies", "--policies", "slo_density", "--seeds", "1", "--hours", "0.05"]
-    chosen = ["--only", "one pod, memory for 15%", "--trace", str(log), "--json", str(figures)]
+    chosen = ["--only", "one pod, memory for 10%", "--trace", str(log), "--json", str(figures)]
     said = subprocess.run([*command, *chosen], capture_output=True, text=True, check=True)
     runs = json.loads(figures.read_text())
     assert {run["policy"] for run in runs} == {ALL_FIT, "lru", "slo_density", OFFLINE}
