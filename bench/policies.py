@@ -87,7 +87,7 @@ class Run:
     p50_ms: float
     p99_ms: float
     moved_gb: float
-    evictions: int
+    loads: int
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def run(job: Job) -> Run:
         p50_ms=report.latency_ms(0.5),
         p99_ms=report.latency_ms(0.99),
         moved_gb=report.bytes_moved.total() / 1e9,
-        evictions=report.evictions,
+        loads=report.loads,
     )
 
 
