@@ -26,7 +26,6 @@ def test_figures_and_plot(tmp_path: Path) -> None:
     assert {run["case"]["trace"] for run in runs} == {"maf", "log", "maf-disk"}
     assert "| slo_density |" in said.stdout
     fewest = {run["case"]["trace"]: run["loads"] for run in runs if run["policy"] == ALL_FIT}
-    assert all(run["loads"] >= fewest[run["case"]["trace"]] for run in runs)
     assert any(run["loads"] > fewest[run["case"]["trace"]] for run in runs)
     subprocess.run([sys.executable, "-m", "bench.policies_plot", figures, plot], check=True)
     assert "<svg" in plot.read_text()
