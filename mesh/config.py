@@ -90,7 +90,7 @@ class Config:
     frontend: str = _setting("h2", f"What serves gRPC: {', '.join(FRONTENDS)}.")
     max_message: str = _setting("64MiB", "Largest request accepted.")
     request_timeout_s: float = _setting(120.0, "Deadline of requests that come without one.")
-    drain_timeout_s: float = _setting(20.0, "How long running requests may go on at shutdown.")
+    drain_timeout_s: float = _setting(20.0, "How long a pod may take to go; half of it for loads elsewhere.")
     lease_ttl_s: float = _setting(15.0, "How long the mesh waits before it gives a silent pod up.")
     log_level: str = _setting("INFO", "DEBUG, INFO, WARNING or ERROR.")
 

@@ -31,6 +31,7 @@ from placement.messages import (
     CopyUnwanted,
     CopyWanted,
     Demote,
+    DrainStarted,
     DropHeld,
     EnsureLoaded,
     EstimateSize,
@@ -173,9 +174,18 @@ class Driver:
     async def tick(self) -> None:
         """Let time pass, and publish how this pod is, until cancelled."""
         while True:
-            self.step(Tick(self.in_line.take_runs()))
-            self.publish_pod()
+            self._pass_time()
             await asyncio.sleep(_TICK_S)
+
+    def drain(self) -> None:
+        """Say that this pod is going away; what is in use here is wanted elsewhere from now on."""
+        self._pass_time()  # so that the engine knows what is in use
+        self.step(DrainStarted())
+        self.publish_pod()
+
+    def _pass_time(self) -> None:
+        self.step(Tick(self.in_line.take_runs()))
+        self.publish_pod()
 
     def publish_pod(self) -> None:
         self._publisher.put(pod_key(self.engine.pod_id), encode(self.engine.pod_record(__version__)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
@@ -38,7 +39,6 @@ from mesh.tls import Tls, TlsError
 from mesh.vmodels import VModels
 from placement.engine import Engine
 from placement.limits import Limits
-from placement.messages import DrainStarted
 from placement.policies import POLICIES
 from placement.view import ClusterView
 from protos import management_pb2 as pb
@@ -157,13 +157,21 @@ class Pod:
             await self._stopped_or(parts.driver.broken)
             log.info("pod %s drains", self.engine.pod_id)
             self.serving.clear()
-            parts.driver.step(DrainStarted())
-            publishing.cancel()  # the lease goes first: nobody is sent here any more
+            until_s = asyncio.get_running_loop().time() + self.config.drain_timeout_s
+            await self._replaced(parts, until_s - self.config.drain_timeout_s / 2)
+            publishing.cancel()  # the lease goes: nobody is sent here any more
             await asyncio.wait([publishing])
-            await server.stop(self.config.drain_timeout_s)
+            await server.stop(max(0.0, until_s - asyncio.get_running_loop().time()))
         finally:
             await asyncio.to_thread(close_metrics)
             await parts.driver.close()
+
+    async def _replaced(self, parts: _Parts, until_s: float) -> None:
+        """Say that this pod drains, and serve on until what is in use here is loaded elsewhere, or time is up."""
+        parts.driver.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until_s):
+                await parts.mirror.until(lambda: self.engine.is_replaced(now_ms()))
 
     def _assemble(self, registry: Registry, client: Client, tasks: asyncio.TaskGroup, port: int) -> _Parts:
         """Put the parts together; nothing runs yet."""

@@ -74,14 +74,15 @@ class Residency:
         """Have a certain pod load a model; its failure is only logged."""
         pod = self._engine.view.pods.get(wanted.pod_id)
         deadline = asyncio.get_running_loop().time() + _BACKGROUND_S
-        request = pb.EnsureLoadedRequest(modelId=wanted.model_id, sync=True).SerializeToString()
+        request = pb.EnsureLoadedRequest(
+            modelId=wanted.model_id, lastUsedTime=wanted.used_ms, sync=True
+        ).SerializeToString()
         metadata = ((HOP, Hop.LOAD_HERE.value), (MODEL, wanted.model_id.encode()), *_AHEAD)
         try:
             async with asyncio.timeout_at(deadline):
                 if wanted.pod_id == self._engine.pod_id:
-                    await self.ensure_for(
-                        Call(ENSURE_LOADED, _AHEAD, deadline), request, wanted.model_id, Hop.LOAD_HERE, None
-                    )
+                    call, used_ms = Call(ENSURE_LOADED, _AHEAD, deadline), wanted.used_ms or None
+                    await self.ensure_for(call, request, wanted.model_id, Hop.LOAD_HERE, used_ms)
                 elif pod is not None:
                     await self._client.call(pod.address, ENSURE_LOADED, request, metadata, deadline)
         except MeshError as error:

@@ -13,6 +13,7 @@ from typing import Final
 from placement import leader
 from placement.cache import Copy
 from placement.copies import LocalCopies
+from placement.drain import Drain
 from placement.labels import lacks_labels, missing
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.limits import Limits
@@ -45,6 +46,7 @@ from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord,
 from placement.scaling import Scaling
 from placement.selection import Wanted
 from placement.stats import Stats
+from placement.upkeep import Upkeep
 from placement.view import ClusterView
 
 # Members that a forward asks for: looking one up on its enum takes 0.2 us.
@@ -79,6 +81,9 @@ class Engine:
         self.forward_ended = self.peers.forward_ended
         self.scaling = Scaling(pod_id, limits, view, self.cache, self.peers)
         self.cache.is_kept = self.scaling.is_kept
+        self._leaders = leader.Leaders()
+        self._upkeep = Upkeep(view, self.peers)
+        self._drain = Drain(view, self.cache, self.peers)
 
     def __repr__(self) -> str:
         return f"<Engine {self.pod_id} {self.copies!r}>"
@@ -229,9 +234,12 @@ class Engine:
                 copies.tick(now_ms, actions)
                 self.peers.tick(now_ms)
                 self._scale(runs, now_ms, actions)
-                actions += leader.plan(self.view, self.pod_id)
+                self._lead(now_ms, actions)
+                if self.draining:
+                    self._drain.plan(now_ms, actions)
             case DrainStarted():
                 self.draining = self.peers.draining = True
+                self._drain.plan(now_ms, actions)
         copies.advance(now_ms, actions)
         return actions
 
@@ -241,6 +249,18 @@ class Engine:
             self.copies.tell(model_id, actions)
         for model_id in self.scaling.surplus(now_ms):
             self.copies.unwanted(model_id, now_ms, actions)
+
+    def _lead(self, now_ms: int, actions: list[Action]) -> None:
+        """What is on this pod to do if it is the leader."""
+        if self._leaders.leader(self.view) == self.pod_id:
+            actions += leader.plan(self.view)
+            self._upkeep.plan(now_ms, actions)
+        else:
+            self._upkeep.rest()
+
+    def is_replaced(self, now_ms: int) -> bool:
+        """Of a draining pod: whether what is in use here is loaded elsewhere, as far as it can be."""
+        return self._drain.is_done(now_ms)
 
     # Nobody has it
 

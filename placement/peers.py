@@ -120,15 +120,16 @@ class Peers:
 
     def to_come(self, model_id: ModelId, now_ms: int) -> set[PodId]:
         """Pods that load the model, or were asked to a moment ago."""
-        pods = self._view.pods
-        coming = {pod_id for pod_id, until_ms in self._asked.get(model_id, {}).items() if until_ms > now_ms}
-        for pod_id, copy in self._view.copies(model_id).items():
-            if copy.status is CopyStatus.LOADING and pod_id in pods and pod_id != self._pod_id:
-                coming.add(pod_id)
+        pods, copies = self._view.pods, self._view.copies(model_id)
+        failed = {pod_id for pod_id, copy in copies.items() if copy.status is CopyStatus.FAILED}
+        asked = {pod_id for pod_id, until_ms in self._asked.get(model_id, {}).items() if until_ms > now_ms}
+        loading = {pod_id for pod_id, copy in copies.items() if copy.status is CopyStatus.LOADING}
         own = self._own.get(model_id)
-        if own is not None and own.state in IN_FLIGHT:
-            coming.add(self._pod_id)
-        return coming
+        if own is not None and own.state not in IN_FLIGHT:
+            loading.discard(self._pod_id)
+        elif own is not None:
+            loading.add(self._pod_id)
+        return {pod_id for pod_id in (asked | loading) - failed if pod_id in pods and not pods[pod_id].draining}
 
     def ask(
         self, model: ModelRecord, now_ms: int, *, cold_ms: int, reserve: float = 0.0, used_ms: int = 0
@@ -145,10 +146,11 @@ class Peers:
         room_bytes = max(1, wanted.size_bytes)
         pod_id = None
         if len(failed) < self._limits.load_tries:
+            asked_bytes = self._asked_bytes()
             pods = [
                 pod
                 for pod in self.pods().values()
-                if pod.capacity_bytes - pod.used_bytes - self._assumed_bytes(pod.pod_id) - room_bytes
+                if pod.capacity_bytes - pod.used_bytes - asked_bytes.get(pod.pod_id, 0) - room_bytes
                 >= reserve * pod.capacity_bytes
                 or (pod.oldest_used_ms and now_ms - pod.oldest_used_ms >= cold_ms)
             ]
@@ -204,6 +206,16 @@ class Peers:
             exclude={**suspects, **exclude},
             now_ms=now_ms,
         )
+
+    def _asked_bytes(self) -> dict[PodId, int]:
+        """What pods were asked for and do not show yet."""
+        found: dict[PodId, int] = {}
+        for model_id, asked in self._asked.items():
+            copies = self._view.copies(model_id)
+            for pod_id in asked:
+                if pod_id not in copies and (pod_id != self._pod_id or model_id not in self._own):
+                    found[pod_id] = found.get(pod_id, 0) + max(1, self._view.size_bytes(model_id))
+        return found
 
     def _assumed_bytes(self, pod_id: PodId) -> int:
         revision, size_bytes = self._assumed.get(pod_id, (-1, 0))

@@ -43,6 +43,8 @@ class ClusterView:
         self._sizes_sum = 0
         self._tenant_bytes: dict[TenantId, dict[PodId, int]] = {}
         """Loaded and loading copies of models that have a tenant."""
+        self._unloaded: dict[ModelId, tuple[PodId, int]] = {}
+        """Of models that had copies and have none: the pod of the last one, and when that was last used."""
         self._tenant_models: dict[TenantId, int] = {}
 
     def copies(self, model_id: ModelId) -> Mapping[PodId, CopyRecord]:
@@ -72,6 +74,11 @@ class ClusterView:
 
     def tenants_with_models(self) -> Collection[TenantId]:
         return self._tenant_models.keys()
+
+    def unloaded(self, model_id: ModelId) -> tuple[PodId, int] | None:
+        """Of a model that had copies and has none: the pod of the last one, and when that was last used as far as was
+        told."""
+        return self._unloaded.get(model_id)
 
     def tenant_bytes_on(self, tenant: TenantId, pod_id: PodId) -> int:
         return self._tenant_bytes.get(tenant, {}).get(pod_id, 0)
@@ -117,6 +124,7 @@ class ClusterView:
                 copies = self._copies.setdefault(record.model_id, {})
                 self._count(copies.get(record.pod_id), -1)
                 copies[record.pod_id] = record
+                self._unloaded.pop(record.model_id, None)
                 self._count(record, 1)
                 if record.status is CopyStatus.LOADED:
                     self.learn_size(record.model_id, record.registration, record.size_bytes)
@@ -133,6 +141,7 @@ class ClusterView:
                     return None
                 self._attribute(rest, -1)
                 del self.models[rest]
+                self._unloaded.pop(rest, None)
                 self._forget_size(rest)
                 return rest
             case "vmodels":
@@ -153,7 +162,9 @@ class ClusterView:
                 self._count(copy, -1)
                 if copy is not None and not copies:
                     del self._copies[model_id]
-                    if model_id not in self.models:
+                    if model_id in self.models:
+                        self._unloaded[model_id] = pod_id, copy.used_ms
+                    else:
                         self._forget_size(model_id)
         return None
 
@@ -169,12 +180,18 @@ class ClusterView:
         for model_id, (registration, _) in list(self._sizes.items()):
             if model_id not in models or models[model_id].created != registration:
                 self._forget_size(model_id)
+        had = self._copies
         self.models, self.vmodels, self.tenants, self.pods, self._copies = {}, {}, {}, {}, {}
         self.in_transition.clear()
         self._tenant_bytes.clear()
         self._tenant_models.clear()
         for record in records:
             self.apply(record)
+        for model_id, copies in had.items():
+            if model_id in self.models and model_id not in self._copies:
+                copy = min(copies.values(), key=lambda copy: (copy.pod_id in self.pods, copy.pod_id))
+                self._unloaded[model_id] = copy.pod_id, copy.used_ms
+        self._unloaded = {m: last for m, last in self._unloaded.items() if m in self.models}
         return changed
 
     def _attribute(self, model_id: ModelId, sign: int) -> None:

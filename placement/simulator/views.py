@@ -60,6 +60,7 @@ class Past:
         self.copies: dict[ModelId, list[tuple[int, dict[PodId, CopyRecord]]]] = {}
         self.known: dict[ModelId, list[tuple[int, tuple[int, int] | None]]] = {}
         """Registration and size."""
+        self.unloaded: dict[ModelId, list[tuple[int, tuple[PodId, int] | None]]] = {}
         self.tenant_bytes: dict[TenantId, list[tuple[int, dict[PodId, int]]]] = {}
         self.tenant_models: dict[TenantId, list[tuple[int, int]]] = {}
         self._order: deque[tuple[int, dict[ModelId, list[Any]], ModelId]] = deque()
@@ -77,6 +78,7 @@ class Past:
         else:
             return
         self._keep(self.known, model_id, revision, head._sizes.get(model_id))
+        self._keep(self.unloaded, model_id, revision, head.unloaded(model_id))
         for model in {head.models.get(model_id), change.record}:
             if isinstance(model, ModelRecord) and model.tenant:
                 tenant = model.tenant
@@ -183,6 +185,9 @@ class LaggedView(ClusterView):
                 total += size_bytes - (others[1] if others else 0)
                 count += others is None
         return total // count if count else 0
+
+    def unloaded(self, model_id: ModelId) -> tuple[PodId, int] | None:
+        return self._at(self._past.unloaded.get(model_id), self._head.unloaded(model_id))
 
     def tenant_bytes(self, tenant: TenantId, *, without: PodId) -> int:
         pods = self._bytes_of(tenant)

@@ -37,58 +37,53 @@ def test_the_oldest_pod_leads_a_draining_one_only_if_all_are(view: ClusterView) 
     assert leader_of(ClusterView()) is None
 
 
-def test_only_the_leader_plans(view: ClusterView) -> None:
-    assert plan(view, "p1") == []
-    assert plan(view, "p2") == [EnsureLoaded("new")]
-
-
 def test_nothing_to_do_without_a_transition(view: ClusterView) -> None:
     view.apply(VModelRecord("v", "new", "new", revision=4))
-    assert plan(view, "p2") == []
+    assert plan(view) == []
 
 
 def test_the_target_takes_over_when_it_is_loaded_anywhere(view: ClusterView) -> None:
     view.apply(held("p1", "new", CopyStatus.LOADING))
-    assert plan(view, "p2") == [EnsureLoaded("new")]
+    assert plan(view) == [EnsureLoaded("new")]
     _failed(view, "corrupt", "p2")
     view.apply(held("p1", "new"))
-    assert plan(view, "p2") == [SettleVModel(_MOVING, replace(_MOVING, active="new"))]
+    assert plan(view) == [SettleVModel(_MOVING, replace(_MOVING, active="new"))]
 
 
 def test_a_failed_load_blocks_once_and_is_tried_again_when_it_is_forgotten(view: ClusterView) -> None:
     _failed(view, "corrupt")
     blocked = replace(_MOVING, failed="corrupt")
-    assert plan(view, "p2") == [SettleVModel(_MOVING, blocked)]
+    assert plan(view) == [SettleVModel(_MOVING, blocked)]
     view.apply(replace(blocked, revision=4))
-    assert plan(view, "p2") == []
+    assert plan(view) == []
     _failed(view, "still corrupt")
-    assert plan(view, "p2") == [SettleVModel(blocked, replace(blocked, failed="still corrupt"))]
+    assert plan(view) == [SettleVModel(blocked, replace(blocked, failed="still corrupt"))]
     view.remove("copies/p1/new")
-    assert plan(view, "p2") == [EnsureLoaded("new")]
+    assert plan(view) == [EnsureLoaded("new")]
     view.apply(held("p1", "new"))
-    assert plan(view, "p2") == [SettleVModel(blocked, replace(_MOVING, active="new"))], "and the reason is gone"
+    assert plan(view) == [SettleVModel(blocked, replace(_MOVING, active="new"))], "and the reason is gone"
 
 
 def test_a_load_elsewhere_may_do_better_than_one_that_failed(view: ClusterView) -> None:
     _failed(view, "corrupt")
     view.apply(held("p2", "new", CopyStatus.LOADING))
-    assert plan(view, "p2") == [EnsureLoaded("new")]
+    assert plan(view) == [EnsureLoaded("new")]
 
 
 def test_a_target_that_is_not_registered_blocks_until_it_is(view: ClusterView) -> None:
     view.remove("models/new")
     blocked = replace(_MOVING, failed="target model is not registered")
-    assert plan(view, "p2") == [SettleVModel(_MOVING, blocked)]
+    assert plan(view) == [SettleVModel(_MOVING, blocked)]
     view.apply(replace(blocked, revision=4))
-    assert plan(view, "p2") == []
+    assert plan(view) == []
     view.apply(model_record("new", created=9))
-    assert plan(view, "p2") == [EnsureLoaded("new")]
+    assert plan(view) == [EnsureLoaded("new")]
 
 
 def test_all_transitions_in_a_fixed_order(view: ClusterView) -> None:
     for name in ("w", "u"):
         view.apply(VModelRecord(name, "new", "old"))
-    assert plan(view, "p2") == [EnsureLoaded("old"), EnsureLoaded("new"), EnsureLoaded("old")]
+    assert plan(view) == [EnsureLoaded("old"), EnsureLoaded("new"), EnsureLoaded("old")]
 
 
 def test_plans_come_with_every_tick_of_the_leader(view: ClusterView) -> None:
