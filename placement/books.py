@@ -61,6 +61,10 @@ class Books(Generic[S, M, E]):
         self.policy = policy
         self.entries: dict[ModelId, E] = {}
         self._life = life
+        self.committed_bytes = 0
+        """What is spoken for once all that is to go has gone."""
+        self.resident_bytes = 0
+        """What lies there by the books."""
         self._bytes = dict.fromkeys(life.table, 0)
         self._in_state: dict[S, dict[ModelId, E]] = {state: {} for state in life.table}
 
@@ -73,16 +77,6 @@ class Books(Generic[S, M, E]):
 
     def bytes_in(self, *states: S) -> int:
         return sum(self._bytes[state] for state in states)
-
-    @property
-    def committed_bytes(self) -> int:
-        """What is spoken for once all that is to go has gone."""
-        return self.bytes_in(*self._life.committed)
-
-    @property
-    def resident_bytes(self) -> int:
-        """What lies there by the books."""
-        return self.bytes_in(*self._life.resident)
 
     @property
     def free_bytes(self) -> int:
@@ -125,28 +119,35 @@ class Books(Generic[S, M, E]):
 
     def _enter(self, entry: E) -> None:
         self._in_state[entry.state][entry.model.model_id] = entry
-        if self._counts(entry.state):
-            self._bytes[entry.state] += entry.size_bytes
+        self._count(entry.state, entry.size_bytes)
         if entry.state is self._life.settled:
             self.policy.insert(entry.model.model_id, entry.worth, entry.used_ms, entry.uses)
 
     def _leave(self, entry: E) -> None:
         del self._in_state[entry.state][entry.model.model_id]
-        if self._counts(entry.state):
-            self._bytes[entry.state] -= entry.size_bytes
+        self._count(entry.state, -entry.size_bytes)
         if entry.state is self._life.settled:
             self.policy.remove(entry.model.model_id)
 
-    def _counts(self, state: S) -> bool:
-        return state in self._life.resident or state in self._life.committed
+    def _count(self, state: S, size_bytes: int) -> None:
+        is_resident, is_committed = state in self._life.resident, state in self._life.committed
+        if is_resident:
+            self.resident_bytes += size_bytes
+        if is_committed:
+            self.committed_bytes += size_bytes
+        if is_resident or is_committed:
+            self._bytes[state] += size_bytes
 
     def check(self) -> None:
         """Assert the invariants and that the books equal the sum of the entries (tests and the simulator call it)."""
         for state in self._life.table:
             entries = {model_id: entry for model_id, entry in self.entries.items() if entry.state is state}
             assert self._in_state[state] == entries, state
-            held = sum(entry.size_bytes for entry in entries.values()) if self._counts(state) else 0
+            takes = state in self._life.resident | self._life.committed
+            held = sum(entry.size_bytes for entry in entries.values()) if takes else 0
             assert self._bytes[state] == held, (state, self._bytes[state], held)
+        assert self.resident_bytes == self.bytes_in(*self._life.resident)
+        assert self.committed_bytes == self.bytes_in(*self._life.committed)
         assert sorted(self.policy.coldest(0)) == sorted(self._in_state[self._life.settled])
         assert self.resident_bytes <= self.capacity_bytes, self
         assert self.committed_bytes <= self.capacity_bytes, self

@@ -24,6 +24,8 @@ from placement.records import ModelRecord, Tier
 
 
 class HoldState(Enum):
+    __hash__ = object.__hash__  # as `CopyState`
+
     PROMISED = "promised"
     FILLING = "filling"
     HELD = "held"

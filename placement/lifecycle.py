@@ -27,6 +27,8 @@ from typing import Final, TypeVar
 
 
 class CopyState(Enum):
+    __hash__ = object.__hash__  # Enum's is written in Python, and states are looked up all the time
+
     QUEUED = "queued"
     WAITING = "waiting"
     LOADING = "loading"
