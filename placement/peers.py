@@ -131,6 +131,10 @@ class Peers:
             loading.add(self._pod_id)
         return {pod_id for pod_id in (asked | loading) - failed if pod_id in pods and not pods[pod_id].draining}
 
+    def is_asked(self, model_id: ModelId) -> bool:
+        """Whether some pod was asked for it a moment ago, or was until the last tick."""
+        return model_id in self._asked
+
     def ask(
         self, model: ModelRecord, now_ms: int, *, cold_ms: int, reserve: float = 0.0, used_ms: int = 0
     ) -> LoadOn | None:

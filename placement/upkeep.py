@@ -27,7 +27,7 @@ from placement.records import ModelId, ModelRecord, PodId
 from placement.scaling import RESERVE
 from placement.view import ClusterView
 
-SCANNED: Final = 1_000
+SCANNED: Final = 500
 """Models looked at in one tick."""
 PER_TICK: Final = 8
 """Copies asked for in one tick."""
@@ -96,15 +96,18 @@ class Upkeep:
                     return
                 actions.append(wish)
         elif not copies:
-            if self._peers.to_come(model_id, now_ms):
-                return
             unloaded = self._view.unloaded(model_id)
             if unloaded is None:
-                if self._loads_ahead:
+                if self._loads_ahead and not self._peers.is_asked(model_id):
                     self._ahead.append((model.last_used_ms, model_id))
-            elif unloaded[0] not in self._view.pods:
+            elif unloaded[0] not in self._view.pods and not self._peers.is_asked(model_id):
                 self._lost.append((unloaded[1], model_id))
-        elif self._fullest is not None and len(copies) == 1 and self._fullest in copies:
+        elif (
+            self._fullest is not None
+            and self._fullest in copies
+            and len(copies) == 1
+            and not self._peers.is_asked(model_id)
+        ):
             self._crowded.append((copies[self._fullest].used_ms, model_id))
 
     def _end(self, now_ms: int, actions: list[Action]) -> None:
@@ -121,8 +124,7 @@ class Upkeep:
                 break  # it is full
             wishes.append(wish)
         for used_ms, model in self._newest(self._crowded, MOVES):
-            if not self._peers.to_come(model.model_id, now_ms):
-                wishes.append(self._peers.ask(model, now_ms, cold_ms=_NEVER_MS, reserve=EMPTY, used_ms=used_ms))
+            wishes.append(self._peers.ask(model, now_ms, cold_ms=_NEVER_MS, reserve=EMPTY, used_ms=used_ms))
         actions += filter(None, wishes)
 
     def _newest(self, found: list[_Candidate], most: int) -> Iterator[tuple[int, ModelRecord]]:
