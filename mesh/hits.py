@@ -34,6 +34,8 @@ _MODEL_NAME: Final = ModelInferRequest.MODEL_NAME_FIELD_NUMBER
 _MATTER: Final = NAMING | {HOP, f"{HOP}-bin", MODEL, MODEL.removesuffix("-bin"), CREATED, f"{CREATED}-bin", PRIORITY}
 """Headers on which it depends which model a call means, or that may be wrong."""
 _MEMO: Final = "hits"
+_LARGEST_BYTES: Final = 64 << 10
+"""Larger requests cost so much that a coroutine more does not count, and may only pass through."""
 _MOST_ROWS: Final = 128
 _MOST_BYTES: Final = 256 << 10
 """Of requests that are run as one on the loop: larger ones gain nothing by it, and copying them costs."""
@@ -75,7 +77,7 @@ class Hits:
 
     def take(self, caller: Caller, call: Any, head: Head, message: bytes, deadline: float) -> bool:
         """Whether the call will be answered, or given back, before the loop waits again."""
-        found = split(message)
+        found = split(message) if len(message) <= _LARGEST_BYTES else None
         if found is None:
             return False
         key, name, id_field, tensors = found

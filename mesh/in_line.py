@@ -132,6 +132,7 @@ class InLine:
                 if pace.typical_s > FAST_S / 2 or not larger.may_try():
                     break
                 larger.enter()
+                larger.typical_s = 2 * pace.typical_s
             pace, most = larger, 2 * most
         return min(most, count), pace
 

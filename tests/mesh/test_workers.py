@@ -1,4 +1,4 @@
-"""Threads that run models, and the models that run on the loop."""
+"""Threads that run models."""
 
 from __future__ import annotations
 
@@ -7,53 +7,11 @@ import threading
 
 import pytest
 
-from mesh.in_line import FAST_S, SLOW_S, TURN_S, InLine, Pace
+from mesh.in_line import Pace
 from mesh.workers import Workers
 from placement.records import Priority
 
 TIMEOUT_S = 30.0
-
-
-def test_fast_models_come_in_line_and_slow_ones_leave() -> None:
-    pace = Pace()
-    for _ in range(8):
-        assert not pace.in_line
-        pace.measured(FAST_S / 2)
-    assert pace.in_line
-    pace.measured(SLOW_S * 2)
-    assert pace.in_line  # the system may have been busy
-    pace.measured(SLOW_S * 2)
-    pace.measured(SLOW_S * 2)
-    assert not pace.in_line
-    for _ in range(70):
-        pace.measured(FAST_S / 2)
-        assert not pace.in_line
-    pace.measured(FAST_S / 2)
-    pace.measured(FAST_S / 2)
-    assert pace.in_line
-
-
-def test_a_model_that_is_slow_every_other_time_stays_out() -> None:
-    pace = Pace()
-    for n in range(1_000):
-        pace.measured(FAST_S * (n % 2 * 2))
-        assert not pace.in_line
-
-
-async def test_one_turn_has_a_bound() -> None:
-    in_line = InLine(asyncio.get_running_loop())
-    pace = in_line.pace("m", 100)
-    assert pace is in_line.pace("m", 127)
-    assert pace is not in_line.pace("m", 128)
-    while in_line.has_time:
-        in_line.run(pace, lambda: sum(range(5_000)))
-    async with asyncio.timeout(TIMEOUT_S):
-        while not in_line.has_time:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-    assert in_line.longest_turn_s >= TURN_S
-    assert in_line.runs > 0
-    in_line.forget("m")
-    assert in_line.pace("m", 100) is not pace
 
 
 async def test_results_and_errors_cross_over() -> None:
