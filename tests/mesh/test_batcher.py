@@ -15,7 +15,7 @@ from loaders.base import InferError, Signature, Tensor, TensorSpec
 from mesh.batch import MOST_ROWS
 from mesh.batcher import Batcher
 from mesh.errors import InvalidRequest, ModelFailed
-from mesh.in_line import InLine
+from mesh.in_line import InLine, Pace
 from mesh.repository import ModelSettings
 from mesh.resident import Resident
 from mesh.workers import Workers
@@ -102,7 +102,10 @@ class Bench:
 
 
 @pytest.fixture
-async def make() -> AsyncIterator[Callable[..., Bench]]:
+async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., Bench]]:
+    monkeypatch.setattr(
+        Pace, "measured", lambda pace, elapsed_s: setattr(pace, "typical_s", 0.001)
+    )  # always in threads
     made: list[Bench] = []
 
     def bench(**settings: Any) -> Bench:
