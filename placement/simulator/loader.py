@@ -91,7 +91,8 @@ class Loader:
 
     def unload(self, action: StartUnload) -> None:
         self.unloading[action.model_id] = action
-        self._later(_UNLOAD_MS, self._unloaded, action)
+        copy_ms = 0.0 if action.keep is None else self._copy_ms(action.model_id, action.keep)
+        self._later(_UNLOAD_MS + copy_ms, self._unloaded, action)
 
     def _unloaded(self, action: StartUnload) -> None:
         del self.unloading[action.model_id]
@@ -103,7 +104,11 @@ class Loader:
 
     def demote(self, action: Demote) -> None:
         self.demoting[action.model_id] = action
-        self._later(self._world.models[action.model_id].load_ms * TIER_SHARE[action.target], self._demoted, action)
+        self._later(self._copy_ms(action.model_id, action.target), self._demoted, action)
+
+    def _copy_ms(self, model_id: ModelId, target: Tier) -> float:
+        """Down takes as long as up."""
+        return self._world.models[model_id].load_ms * TIER_SHARE[target]
 
     def _demoted(self, action: Demote) -> None:
         del self.demoting[action.model_id]
