@@ -31,7 +31,7 @@ SMALL, LARGE = 64, 150_528
 """Floats in the tensor: 291 bytes and 600 KB of request."""
 SHAPES: Final = (
     *((SMALL, shape) for shape in ((1, 1), (4, 4), (8, 8), (64, 1))),
-    *((LARGE, shape) for shape in ((1, 1), (4, 4))),
+    *((LARGE, shape) for shape in ((1, 1), (4, 4), (8, 8))),
 )
 HEADERS: Final = (
     "content-type: application/grpc",

@@ -100,9 +100,10 @@ class Passage(Exchange):
 
     def _failed(self, elapsed_s: float) -> None:
         """The pod refused, or is lost; where another try may help and is possible, the handler makes it."""
-        error = None if self.unprocessed else as_mesh_error(self, self.peer.address)
+        is_final = self.stream.started
+        error = None if self.unprocessed and not is_final else as_mesh_error(self, self.peer.address)
         is_reached = not isinstance(error, PodUnavailable)
-        if error is not None and (self.stream.started or not error.try_elsewhere):
+        if error is not None and (is_final or not error.try_elsewhere):
             self.relay.ended(self.pod_id, error.code, elapsed_s, reached=is_reached)
             self.inbound.fail(self.stream, error, None)
             self.inbound.wake()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mesh.errors import InvalidRequest
-from mesh.wire import peek_string
+from mesh.wire import PartialPeek, peek_string
 from protos.inference_pb2 import ModelInferRequest, RepositoryModelLoadRequest
 
 
@@ -102,3 +104,27 @@ def test_malformed_messages_are_refused_with_a_reason(message: bytes, sentence: 
     with pytest.raises(InvalidRequest, match="malformed message: ") as caught:
         peek_string(message, 1)
     assert sentence in str(caught.value)
+
+
+tensors = st.builds(delimited, st.just(7), st.binary(max_size=3_000))
+shares = st.floats(0, 1)
+
+
+@given(st.lists(st.one_of(names, unknown, tensors), max_size=6).map(b"".join), shares, st.lists(shares, max_size=5))
+@example(delimited(1, b"m") + delimited(7, bytes(2_000)), 1.0, [0.01, 0.5])
+def test_reading_along_agrees_with_looking_at_the_whole(message: bytes, kept: float, cuts: list[float]) -> None:
+    """Whatever it says of a message in pieces is what `peek_string` says of the message."""
+    message = message[: round(kept * len(message))]
+    borders = [0, *sorted(round(cut * len(message)) for cut in cuts), len(message)]
+    peek = PartialPeek(1)
+    if all(peek.feed(message[at:to]) for at, to in pairwise(borders)) and peek.complete:
+        assert peek.found == peek_string(message, 1)
+
+
+def test_reading_along_finds_what_is_usual() -> None:
+    message = delimited(1, b"model") + delimited(3, b"id") + delimited(7, bytes(100_000))
+    peek = PartialPeek(1)
+    for at in range(0, len(message), 16_379):
+        assert peek.feed(message[at : at + 16_379])
+        assert peek.complete is (at + 16_379 >= len(message))
+    assert peek.found == "model"
