@@ -91,6 +91,13 @@ class LocalCopies:
             copy.used(used_ms)
             copy.asked(event.priority, event.is_prefetch)
 
+    def adopt(
+        self, model_id: ModelId, registration: int, tier: Tier, size_bytes: int, now_ms: int, actions: list[Action]
+    ) -> bool:
+        """Something was found in a tier when the pod started; `registration` as in `CopyRecord`. False: it is of no
+        use, and the shell deletes it without a word."""
+        return self._tiers.adopt(model_id, registration, tier, size_bytes, now_ms, actions)
+
     def estimated(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
         if copy.state is not CopyState.QUEUED or copy.estimated:
             raise IllegalMove(f"nobody asked for a size: {copy!r}")

@@ -72,6 +72,22 @@ class LowerTiers:
                 if holding.state is HoldState.HELD:
                     holdings.policy.touch(model_id, used_ms)
 
+    def adopt(
+        self, model_id: ModelId, registration: int, tier: Tier, size_bytes: int, now_ms: int, actions: list[Action]
+    ) -> bool:
+        """Take up what an earlier process of this pod has left in a tier. False: it is of no use, or does not fit."""
+        model, holdings = self._view.models.get(model_id), self._lower[tier]
+        room_bytes = holdings.capacity_bytes - max(holdings.committed_bytes, holdings.resident_bytes)
+        if model is None or model.created != registration or model_id in holdings.entries or size_bytes > room_bytes:
+            return False
+        holding = Holding(tier, model, size_bytes, now_ms, model.last_used_ms)
+        holding.reload_ms = self.reload_ms(model, size_bytes, without=tier)
+        holdings.add(holding)
+        for move in (HoldMove.FILL, HoldMove.KEEP):
+            holdings.move(holding, move, now_ms)
+        self._changed(model, actions)
+        return True
+
     # Loads into the device
 
     def choose_source(self, copy: Copy) -> None:

@@ -10,6 +10,7 @@ import pytest
 from placement.lifecycle import CopyState, IllegalMove
 from placement.limits import HostMode
 from placement.messages import (
+    Action,
     CopyUnwanted,
     Demote,
     Demoted,
@@ -273,3 +274,31 @@ def test_what_is_given_up_before_its_size_is_settled_is_not_kept() -> None:
     assert pod.state("a") is CopyState.SIZING
     assert pod.step(CopyUnwanted("a"))[-1] == StartUnload("a")
     pod.unpin(held)
+
+
+# What an earlier process has left
+
+
+def test_what_is_found_on_disk_at_the_start_is_taken_up() -> None:
+    pod = pod_with(disk_bytes=9)
+    pod.below.held[DISK]["a"] = (1, 4)
+    actions: list[Action] = []
+    assert pod.engine.copies.adopt("a", 1, DISK, 4, pod.now_ms, actions)
+    pod.carry_out(actions)
+    assert pod.published["a"].tier is DISK
+    pod.want("a")
+    assert pod.below.reading["a"].source is DISK
+
+
+@pytest.mark.parametrize(
+    ("model_id", "registration", "size_bytes"),
+    [("a", 2, 4), ("unregistered", 1, 4), ("a", 1, 6), ("b", 1, 1)],
+    ids=["registered anew", "removed", "no room", "there already"],
+)
+def test_what_is_of_no_use_is_not(model_id: str, registration: int, size_bytes: int) -> None:
+    pod = pod_with(disk_bytes=9)
+    pod.load("b", 4)
+    actions: list[Action] = []
+    assert not pod.engine.copies.adopt(model_id, registration, DISK, size_bytes, pod.now_ms, actions)
+    assert not actions
+    pod.check()
