@@ -47,14 +47,15 @@ _Waiting = tuple[Caller, Any, bytes, bytes, Tensors, float, float]
 class _Group:
     """Requests that differ in nothing but their ids and tensors."""
 
-    __slots__ = ("copy", "plan", "resident", "size_bytes", "waiting")
+    __slots__ = ("copy", "pace", "plan", "resident", "size_bytes", "waiting")
 
-    def __init__(self, copy: Copy, resident: Resident, plan: Plan, size_bytes: int) -> None:
+    def __init__(self, copy: Copy, resident: Resident, plan: Plan, pace: Pace, size_bytes: int) -> None:
         self.copy = copy
         self.resident = resident
         self.plan = plan
+        self.pace = pace
+        """This and the next: of one request."""
         self.size_bytes = size_bytes
-        """Of one request."""
         self.waiting: list[_Waiting] = []
 
 
@@ -117,20 +118,22 @@ class Hits:
         plan = resident.plans.get(key, tensors)
         if plan is None or not plan.answer or resident.settings.max_queue_delay_us:
             return None
-        if not self._in_line.pace(model_id, size_bytes).in_line:
+        pace = self._in_line.pace(model_id, size_bytes)
+        if not pace.in_line:
             return None
         self._driver.pin(copy)
-        return _Group(copy, resident, plan, size_bytes)
+        return _Group(copy, resident, plan, pace, size_bytes)
 
     def _turn(self) -> None:
         """All that came was read: serve it."""
         groups, self._groups = self._groups, {}
         callers: dict[Caller, None] = {}
+        now_s, used_ms = self._loop.time(), now_ms()
         for group in groups.values():
             served = 0
             try:
-                served = self._serve(group, callers)
-                self._engine.served(group.copy, served, now_ms())
+                served = self._serve(group, callers, now_s)
+                self._engine.served(group.copy, served, used_ms)
             except Exception:
                 log.exception("requests are left to their handler")
             for caller, call, message, *_ in group.waiting[served:]:
@@ -139,19 +142,20 @@ class Hits:
         for caller in callers:
             caller.flush()
 
-    def _serve(self, group: _Group, callers: dict[Caller, None]) -> int:
+    def _serve(self, group: _Group, callers: dict[Caller, None], now_s: float) -> int:
         """Answer requests, as many at once as may be; how many were, beginning with the first."""
         model_id, waiting = group.copy.model.model_id, group.waiting
         most = self._most(group) if len(waiting) > 1 else 1
-        now = self._loop.time()
+        count, pace = 1, group.pace
         served = 0
         while served < len(waiting):
-            count, pace = self._in_line.together(model_id, group.size_bytes, min(most, len(waiting) - served))
+            if most > 1:
+                count, pace = self._in_line.together(model_id, group.size_bytes, min(most, len(waiting) - served))
             if not count or not self._batcher.runs_in_line(pace):
                 break
             chunk = waiting[served : served + count]
             _, _, _, id_fields, tensors, deadlines, _ = zip(*chunk, strict=True)
-            responses = self._run(group, pace, id_fields, tensors) if min(deadlines) > now else None
+            responses = self._run(group, pace, id_fields, tensors) if min(deadlines) > now_s else None
             if responses is None:
                 break
             ended_s = time.perf_counter()
