@@ -110,7 +110,8 @@ class Copy:
 
     @property
     def worth(self) -> Worth:
-        return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms, self.waited_ms)
+        waited_ms = 0 if self.is_prefetch else self.waited_ms  # which waits until there is nothing else to do
+        return Worth(self.size_bytes, self.reload_ms, self.run_ms, self.slo_ms, waited_ms)
 
 
 class Cache(Books[CopyState, Move, Copy]):
