@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Final
@@ -150,9 +149,9 @@ def run(job: Job) -> Run:
 
 def jobs(cases: Iterable[Case], policies: Sequence[str], seeds: int, log: Path | None, hours: float) -> Iterator[Job]:
     """With memory for all models nothing is evicted, so one capacity and one queue stand for all."""
-    for case in cases:
-        if case.trace != "log" or log is not None:
-            for seed in range(seeds):
+    for seed in range(seeds):
+        for case in cases:
+            if case.trace != "log" or log is not None:
                 for policy in (ALL_FIT, *policies, OFFLINE):
                     yield Job(case, policy, seed, log, hours)
 
@@ -233,25 +232,42 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose description contains this")
     parser.add_argument("--fifo", action="store_true", help="loads wait first come, first served")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="file for every run's figures")
+    parser.add_argument(
+        "--json", type=Path, help="file for every run's figures, one to a line; what it has is not run again"
+    )
     asked = parser.parse_args()
     policies = list(dict.fromkeys(["lru", *asked.policies.split(",")]))
     if unknown := set(policies) - POLICIES.keys():
         parser.error(f"--policies: expected some of {', '.join(POLICIES)}, found {min(unknown)!r}")
     cases = [replace(case, fifo=asked.fifo) for case in CASES if asked.only in str(case)]
-    todo = list(jobs(cases, policies, asked.seeds, asked.trace, asked.hours))
-    done: list[Run] = []
+    done = read(asked.json) if asked.json and asked.json.exists() else []
+    known = {(each.case, each.policy, each.seed) for each in done}
+    todo = [
+        job
+        for job in jobs(cases, policies, asked.seeds, asked.trace, asked.hours)
+        if (job.case, job.policy, job.seed) not in known
+    ]
     with ProcessPoolExecutor(asked.processes) as pool:
-        for each in pool.map(run, todo):
+        for left, each in zip(reversed(range(len(todo))), pool.map(run, todo), strict=True):
             done.append(each)
-            print(f"\r{len(done)} of {len(todo)} runs", end="", file=sys.stderr, flush=True)
+            print(f"\r{left} runs to go ", end="", file=sys.stderr, flush=True)
+            if asked.json:
+                with asked.json.open("a") as file:
+                    file.write(f"{json.dumps(asdict(each))}\n")
     print(file=sys.stderr)
-    tables = {case: rows(of) for case, of in groupby(done, key=lambda each: each.case)}
-    for case, lines in tables.items():
-        print(markdown(case, lines))
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(each) for each in done], indent=1))
+    for case in cases:
+        if of := [each for each in done if each.case == case]:
+            print(markdown(case, rows(of)))
     return 0
+
+
+def read(figures: Path) -> list[Run]:
+    """What `--json` has kept."""
+    runs = []
+    for line in figures.read_text().splitlines():
+        told = json.loads(line)
+        runs.append(Run(**{**told, "case": Case(**told["case"])}))
+    return runs
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ By capacity, for one pod: late requests beyond those that are late with memory f
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +12,7 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bench.policies import ALL_FIT, OFFLINE, TRACES, Case, Row, Run, rows
+from bench.policies import ALL_FIT, OFFLINE, TRACES, Case, Row, Run, read, rows
 
 _STYLES: Final[dict[str, dict[str, Any]]] = {
     "lru": {"color": "#555555", "linewidth": 2},
@@ -68,9 +67,8 @@ def main() -> int:
         print("usage: python -m bench.policies_plot FIGURES.json PICTURE.svg", file=sys.stderr)
         return 2
     by_case: dict[Case, list[Run]] = {}
-    for told in json.loads(Path(sys.argv[1]).read_text()):
-        case = Case(**told.pop("case"))
-        by_case.setdefault(case, []).append(Run(case=case, **told))
+    for run in read(Path(sys.argv[1])):
+        by_case.setdefault(run.case, []).append(run)
     draw({case: rows(runs) for case, runs in by_case.items()}).savefig(sys.argv[2], metadata={"Date": None})
     return 0
 

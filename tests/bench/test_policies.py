@@ -21,7 +21,7 @@ def test_figures_and_plot(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.policies", "--policies", "slo_density", "--seeds", "1", "--hours", "0.05"]
     chosen = ["--only", "one pod, memory for 10%", "--trace", str(log), "--json", str(figures)]
     said = subprocess.run([*command, *chosen], capture_output=True, text=True, check=True)
-    runs = json.loads(figures.read_text())
+    runs = [json.loads(line) for line in figures.read_text().splitlines()]
     assert {run["policy"] for run in runs} == {ALL_FIT, "lru", "slo_density", OFFLINE}
     assert {run["case"]["trace"] for run in runs} == {"maf", "log", "maf-disk"}
     assert "| slo_density |" in said.stdout
