@@ -96,6 +96,15 @@ class ServerProtocol(H2Protocol[ServerConnection]):
         if head.timeout_s is not None:
             running.timer = self.loop.call_at(self.deadline(stream), self.expire, stream)
 
+    def whole(self, stream: Stream, head: RequestHead, message: bytes) -> None:
+        method = self._methods.get(head.path)
+        if method is not None:
+            self._begun(stream, method, message, compressed=False)
+            return
+        self.begin(stream, head)
+        if stream.owner is not None:
+            self.message(stream, message, compressed=False, ended=True)
+
     def opening(self, stream: Stream, piece: bytes) -> None:
         method = stream.owner
         if type(method) is Method and method.relay is not None and not stream.flag:

@@ -45,6 +45,9 @@ class Calls(Protocol):
     def begin(self, stream: Stream, head: RequestHead) -> None:
         """A request's headers came. It may be answered at once."""
 
+    def whole(self, stream: Stream, head: RequestHead, message: bytes) -> None:
+        """All of a call with one message, which is not compressed, came at once: in place of `begin` and `message`."""
+
     def opening(self, stream: Stream, piece: bytes) -> None:
         """The first piece of a message of which `stream.need` more bytes are to come; see `Assembly`."""
 
@@ -197,9 +200,7 @@ class ServerConnection(Connection):
         stream = self.streams[stream_id] = Stream(stream_id, head, self.limits.stream_window, self.received_at)
         stream.state = REMOTE
         self._recv_left -= size + 5
-        self._calls.begin(stream, head)
-        if stream_id in self.streams:
-            self._calls.message(stream, data[after - size : after], compressed=False, ended=True)
+        self._calls.whole(stream, head, data[after - size : after])
         return after
 
     def _headers(self, block: bytes, stream_id: int, *, ended: bool) -> None:

@@ -45,6 +45,10 @@ class Echo:
     def begin(self, stream: Stream, head: RequestHead) -> None:
         self.begun.append(head.path)
 
+    def whole(self, stream: Stream, head: RequestHead, message: bytes) -> None:
+        self.begin(stream, head)
+        self.message(stream, message, compressed=False, ended=True)
+
     def opening(self, stream: Stream, piece: bytes) -> None:
         """Nothing is to be done before all of it is there."""
 
