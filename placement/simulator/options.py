@@ -77,6 +77,8 @@ class Options:
     """How long requests arrive; after that the world is let come to rest."""
     warmup: float = 0.0
     """Share of the duration whose requests are not counted in the report."""
+    warm: bool = False
+    """Before requests come, every pod has loaded its share of the models, as far as it has room."""
     policy: str = "lru"
     load_slots: int = 2
     run_slots: int = 0

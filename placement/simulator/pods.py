@@ -60,7 +60,11 @@ class SimPod:
         self.usual_lag = ticks(options.lag_ms * self.rng.uniform(0.2, 2))
         self.lag = self.usual_lag
         self.skew_ms = self.rng.randint(-options.faults.skew_ms, options.faults.skew_ms)
-        self.view = OwnView(world.registry) if options.own_views else LaggedView(world.registry)
+        self.view = (
+            OwnView(world.registry)
+            if options.own_views
+            else LaggedView(world.registry, models_change=bool(options.faults.registrations))
+        )
         self.batch = world.registry.last
         limits = Limits(
             options.capacity_bytes,

@@ -101,6 +101,7 @@ class Call:
     """The registration that the sender knows."""
     caller: Call | None = None
     walk: Walk | None = None
+    """None: it has ended."""
     timed: bool = False
     """Something will end it at its deadline."""
     awaits: Call | None = None
@@ -108,11 +109,13 @@ class Call:
     """To the call it awaited."""
 
 
-def walk(call: Call) -> Walk:
+def walk_of(call: Call) -> Walk:
     """Ends when the call does, and tells the world of it."""
     outcome = Outcome.OK
     try:
-        yield from _resolved(call)
+        known = call.pod.view.models.get(call.request.model.model_id)
+        if known is None or known.created < call.created:
+            yield from _resolved(call)
         yield from _walk(call)
     except Failed as failed:
         outcome = failed.outcome
@@ -121,15 +124,11 @@ def walk(call: Call) -> Walk:
 
 def _resolved(call: Call) -> Walk:
     """`Router.model_of`"""
-    view, model_id = call.pod.view, call.request.model.model_id
     if call.hop is Hop.CLIENT:
-        if model_id not in view.models:
-            yield from _look_up(call)
-    elif call.created:
-        known = view.models.get(model_id)
-        if known is None or known.created < call.created:
-            call.pod.unknown.pop(model_id, None)
-            yield from _read(call)
+        yield from _look_up(call)
+    else:
+        call.pod.unknown.pop(call.request.model.model_id, None)
+        yield from _read(call)
 
 
 def _look_up(call: Call) -> Walk:

@@ -111,7 +111,7 @@ class LaggedView(ClusterView):
 
     models: Mapping[ModelId, ModelRecord]  # type: ignore[assignment]
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, *, models_change: bool = True) -> None:
         super().__init__()
         self._past = registry.past
         self._head = registry.head
@@ -119,7 +119,7 @@ class LaggedView(ClusterView):
         self.ahead: dict[ModelId, ModelRecord] = {}
         """Registrations read past the watch's lag."""
         self.seen = registry.revision
-        self.models = _Models(self)
+        self.models = _Models(self) if models_change else registry.head.models
         self._all_sizes = registry.past.sizes()
         self._reread_rest(registry)
 

@@ -8,7 +8,7 @@ from random import Random
 from typing import Final
 
 from placement.lifecycle import IN_FLIGHT, CopyState
-from placement.messages import Hop, StartLoad
+from placement.messages import CopyWanted, Hop, StartLoad
 from placement.policies import POLICIES
 from placement.policies.base import EvictionPolicy
 from placement.records import ModelId, ModelRecord, PodId, model_key
@@ -20,12 +20,14 @@ from placement.simulator.options import Options
 from placement.simulator.pods import SimPod
 from placement.simulator.registry import Batch, Registry
 from placement.simulator.report import Report, Tenant
-from placement.simulator.requests import WAIT, Call, Failed, Outcome, Request, walk
+from placement.simulator.requests import WAIT, Call, Failed, Outcome, Request, walk_of
 from placement.simulator.scenario import Workload
 from placement.simulator.trace import Trace
 from placement.simulator.transport import Transport
 
 _UNDER_WAY: Final = (*IN_FLIGHT, CopyState.UNLOADING)
+_WARM: Final = 10 * TICKS_PER_MS
+"""Between two loads of one pod before requests come."""
 _PROBES: Final = 100
 """Models that are asked for once more when all is at rest."""
 
@@ -60,6 +62,7 @@ class World:
         self._next = (0.0, 0)
         self._first: Tick = 0
         """When requests begin to arrive: all pods know each other by then."""
+        self._warm_until: Tick = 0
         self._counted_from: Tick = 0
 
     def run(self) -> Report:
@@ -95,7 +98,7 @@ class World:
             pod = SimPod(self, number, 1)
             self.pods[pod.pod_id] = pod
             pod.start()
-        self._first = ticks(options.first_ms)
+        self._first = ticks(options.first_ms) + (self._warm_up() if options.warm else 0)
         self._counted_from = self._first + int(options.duration_ms * options.warmup * TICKS_PER_MS)
         self._arrivals = self.workload.arrivals()
         self._next = next(self._arrivals, (options.duration_ms, -1))
@@ -103,6 +106,26 @@ class World:
         if self._next[1] >= 0:
             self.clock.after(self._first, self._arrive)
         self.clock.after(self._first, self.chaos.begin)
+
+    def _warm_up(self) -> Tick:
+        """Load the models, each on one pod; how long that takes."""
+        rounds = -(-len(self.models) // len(self.pods))
+        self._warm_until = (rounds + 1) * _WARM
+        shares: list[list[ModelId]] = [[] for _ in self.pods]
+        for number, model in enumerate(self.workload.models):
+            shares[number % len(shares)].append(model.model_id)
+        for pod, share in zip(self.pods.values(), shares, strict=True):
+            self.clock.after(_WARM, self._warm_next, (pod, iter(share)))
+        return self._warm_until
+
+    def _warm_next(self, what: tuple[SimPod, Iterator[ModelId]]) -> None:
+        pod, models = what
+        model_id = next(models, None)
+        cache = pod.engine.cache
+        if model_id is not None and self.models[model_id].size_bytes <= cache.capacity_bytes - cache.committed_bytes:
+            pod.sync()
+            pod.step(CopyWanted(model_id, pod.now_ms))
+            self.clock.after(_WARM, self._warm_next, what)
 
     def _rest(self) -> None:
         """Faults end, and what they did heals; after that nothing is under way, and every model can be had."""
@@ -212,6 +235,8 @@ class World:
         report.loads += 1
         others = (self.pods[pod_id] for pod_id in self.registry.head.copies(model_id) if pod_id != pod.pod_id)
         report.double_loads += any(model_id in other.loader.loading for other in others)
+        if self.clock.now < self._warm_until:
+            return 1.0, False
         ms, fails = self.chaos.load(self.models[model_id].load_ms * TIER_SHARE[action.source])
         if fails:
             report.failed_loads += 1
@@ -238,18 +263,17 @@ class World:
     # Calls
 
     def begin(self, call: Call) -> None:
-        call.walk = walk(call)
+        call.walk = walk_of(call)
         call.pod.calls[call] = None
         self.go(call)
 
     def go(self, call: Call) -> None:
         """Take a call's walk to its next pause."""
-        pod = call.pod
-        if not pod.alive:
+        pod, walk = call.pod, call.walk
+        if walk is None or not pod.alive:
             return
         pod.sync()
-        assert call.walk is not None
-        pause = next(call.walk, 0)
+        pause = next(walk, 0)
         now = self.clock.now
         if pause > 0:
             self.clock.after(pause, self.go, call)
@@ -259,6 +283,7 @@ class World:
 
     def answered(self, call: Call, outcome: Outcome) -> None:
         del call.pod.calls[call]
+        call.walk = None  # or the two would hold each other
         self._tell(call, outcome)
 
     def _tell(self, call: Call, outcome: Outcome) -> None:
