@@ -313,6 +313,10 @@ class Engine:
         labelled = [pod for pod in pods if not missing(wanted.requires, pod.labels)]
         if not labelled:
             return self._refuse(Why.NO_POD, lacks_labels(wanted.requires))
+        if wanted.givers is not None:
+            return self._refuse(
+                Why.NO_ROOM, "its tenant is at its limit (max_bytes), and nothing of it can be given up"
+            )
         size_bytes, largest_bytes = wanted.must_fit_bytes, max(pod.capacity_bytes for pod in labelled)
         if size_bytes > largest_bytes:
             return self._refuse(

@@ -9,7 +9,7 @@ from placement.cache import Copy
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.limits import Limits
 from placement.messages import LoadOn
-from placement.records import CopyStatus, ModelId, ModelRecord, PodId, PodRecord
+from placement.records import CopyStatus, ModelId, ModelRecord, PodId, PodRecord, TenantId
 from placement.selection import Verdict, Wanted, choose_holder, choose_target, places_of, verdicts
 from placement.view import IN_MEMORY, ClusterView
 
@@ -173,14 +173,24 @@ class Peers:
         held = {pod_id: copy.tier for pod_id, copy in copies.items() if copy.status is CopyStatus.HELD}
         having = {*also, *(pod_id for pod_id, copy in copies.items() if copy.status in IN_MEMORY)}
         near = (pods[pod_id] for pod_id in having if pod_id in pods)
+        size_bytes = self._view.size_bytes(model_id)
         return Wanted(
             model_id,
-            self._view.size_bytes(model_id),
+            size_bytes,
             self._view.measured(model_id) or 0,
             model.requires,
             held,
             places_of(near),
+            self._givers(model.tenant, size_bytes),
         )
+
+    def _givers(self, tenant: TenantId, size_bytes: int) -> frozenset[PodId] | None:
+        granted = self._view.tenants.get(tenant)
+        if granted is None or not granted.max_bytes:
+            return None
+        pods = self._view.tenant_pods(tenant)
+        above_bytes = sum(pods.values()) + size_bytes - granted.max_bytes
+        return frozenset(p for p, held_bytes in pods.items() if held_bytes >= above_bytes) if above_bytes > 0 else None
 
     def target(self, wanted: Wanted, exclude: Iterable[PodId], now_ms: int) -> PodId | None:
         """The pod to load on; what is sent there counts until it speaks again (kube-scheduler's `assume`)."""

@@ -62,6 +62,8 @@ class Wanted:
     """Pods that have the bytes in a lower tier."""
     places: frozenset[tuple[str, str]] = frozenset()
     """Nodes and zones of the copies that there are: labels."""
+    givers: frozenset[PodId] | None = None
+    """Its tenant is at its limit: pods with enough of its copies to give up. None: it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def choose_target(
         and pod.capacity_bytes >= wanted.must_fit_bytes
         and pod.pod_id not in exclude
         and not (wanted.requires and missing(wanted.requires, pod.labels))
+        and (wanted.givers is None or pod.pod_id in wanted.givers)
     ]
     if not fit:
         return None
@@ -198,6 +201,8 @@ def _against(wanted: Wanted, pod: PodRecord, excluded: str | None) -> list[str]:
         reasons.append(f"needs {wanted.must_fit_bytes} bytes, holds {pod.capacity_bytes}")
     if wanted.requires:
         reasons += [f"has no label {label}" for label in missing(wanted.requires, pod.labels)]
+    if wanted.givers is not None and pod.pod_id not in wanted.givers:
+        reasons.append("the tenant is at its limit (max_bytes), and has too little here to give up")
     return reasons
 
 

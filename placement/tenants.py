@@ -79,8 +79,8 @@ class Tenants:
         """Whether the tenant is above its limit, and no pod has more of its bytes than this one."""
         if not self.above_limit_bytes(tenant, used_bytes, 0):
             return False
-        others = (pod_id for pod_id in self._view.pods if pod_id != self._pod_id)
-        return all((used_bytes, self._pod_id) > (self._view.tenant_bytes_on(tenant, pod), pod) for pod in others)
+        pods = self._view.tenant_pods(tenant).items()
+        return all((used_bytes, self._pod_id) > (held_bytes, pod) for pod, held_bytes in pods if pod != self._pod_id)
 
     def may_start(self, tenant: TenantId, loads: int) -> bool:
         """Whether a tenant with so many loads under way here may start another."""

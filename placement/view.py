@@ -65,7 +65,7 @@ class ClusterView:
 
     def tenant_bytes(self, tenant: TenantId, *, without: PodId) -> int:
         """Bytes of a tenant's copies on all pods but one."""
-        pods = self._tenant_bytes.get(tenant, {})
+        pods = self.tenant_pods(tenant)
         return sum(pods.values()) - pods.get(without, 0)
 
     def tenant_models(self, tenant: TenantId) -> int:
@@ -80,8 +80,9 @@ class ClusterView:
         told."""
         return self._unloaded.get(model_id)
 
-    def tenant_bytes_on(self, tenant: TenantId, pod_id: PodId) -> int:
-        return self._tenant_bytes.get(tenant, {}).get(pod_id, 0)
+    def tenant_pods(self, tenant: TenantId) -> Mapping[PodId, int]:
+        """Bytes of a tenant's copies by pod."""
+        return self._tenant_bytes.get(tenant, {})
 
     def learn_size(self, model_id: ModelId, registration: int, size_bytes: int) -> None:
         """A copy of the model was measured. A pod that lags may still tell of an earlier registration's."""

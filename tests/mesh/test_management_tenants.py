@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from protos import management_pb2 as mm
 from tests.mesh.client import Client
-from tests.mesh.pods import Loads, Mesh, running, until
+from tests.mesh.pods import Loads, Mesh, request_for, running, until
 
 
 @pytest.fixture
@@ -77,3 +79,50 @@ async def test_guarantees_must_fit_the_mesh(mesh: Mesh, a: Client) -> None:
     assert str(capacity + 1) in message
     await a.call("SetTenant", grant("s", guaranteed_bytes=1))
     await a.call("SetTenant", grant("t", guaranteed_bytes=1))
+
+
+def registration(model_id: str, tenant: str, *, load: bool = False) -> mm.RegisterModelRequest:
+    key = json.dumps({"parameters": {"size_bytes": 1 << 20}, "placement": {"tenant": tenant}})
+    info = mm.ModelInfo(type="synthetic", path="", key=key)
+    return mm.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=load, sync=load)
+
+
+async def test_a_quota_of_models(a: Client) -> None:
+    await a.call("SetTenant", grant(max_models=2))
+    for model_id in ("m1", "m2", "m2"):  # which may be repeated
+        await a.call("registerModel", registration(model_id, "t"))
+    status, message = await a.refusal("registerModel", registration("m3", "t"))
+    assert (status, message) == ("RESOURCE_EXHAUSTED", "tenant 't' may register 2 models (max_models)")
+    await a.call("registerModel", registration("m3", "other"))
+    await a.call("unregisterModel", mm.UnregisterModelRequest(modelId="m1"))
+    await a.call("registerModel", registration("m4", "t"))
+
+
+async def test_a_limit_of_memory(mesh: Mesh, a: Client) -> None:
+    """A tenant at its limit serves on, with its own room; what does not fit even then is told with the quota's name."""
+    await a.call("SetTenant", grant(max_bytes=3 << 20))
+    for n in range(6):
+        await a.call("registerModel", registration(f"m{n}", "t", load=True))
+        await mesh.infer(f"m{n}")
+    used = sum(pod.engine.cache.tenant_bytes.get("t", 0) for pod in mesh.pods.values())
+    assert used <= 3 << 20
+    await a.call("SetTenant", grant(max_bytes=1 << 19))
+    status, message = await a.refusal("ModelInfer", request_for("m0"))
+    assert status == "RESOURCE_EXHAUSTED"
+    assert "max_bytes" in message
+
+
+async def test_a_storm_leaves_a_guaranteed_working_set_alone(loads: Loads) -> None:
+    async with running("ab", loads, capacity="10MiB") as mesh:
+        a = mesh.clients["a"]
+        await a.call("SetTenant", grant("quiet", guaranteed_bytes=8 << 20))
+        quiet = [f"quiet-{n}" for n in range(4)]
+        for model_id in quiet:
+            await a.call("registerModel", registration(model_id, "quiet", load=True))
+        held = {model_id: mesh.holders(model_id) for model_id in quiet}
+        for n in range(60):
+            await a.call("registerModel", registration(f"storm-{n}", "storm"))
+        await asyncio.gather(*(mesh.infer(f"storm-{n}", "ab"[n % 2]) for n in range(60)))
+        assert loads.count("storm-59") >= 1
+        assert {model_id: mesh.holders(model_id) for model_id in quiet} == held
+        assert all(loads.count(model_id) == 1 for model_id in quiet)
