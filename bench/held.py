@@ -22,7 +22,7 @@ from typing import Final
 from bench.peers.base import INFER, message
 from mesh.config import format_bytes
 from mesh.h2_peers import Link, connect
-from mesh.http2.client import Exchange
+from mesh.http2.exchange import Exchange
 from mesh.http2.grpc import fields_of
 from mesh.http2.limits import Limits
 from mesh.load_generator import Load, LoadError, LoadGenerator, Result, tree_cpu_s

@@ -10,7 +10,7 @@ from typing import Final
 from mesh.errors import MeshError, PodUnavailable, answer_of
 from mesh.h2_peers import Peer
 from mesh.h2_protocol import TICK_S
-from mesh.http2.client import Exchange
+from mesh.http2.exchange import Exchange
 from mesh.http2.grpc import fields_of
 from mesh.http2.hpack import Field
 from mesh.rpc import Metadata

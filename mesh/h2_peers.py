@@ -12,7 +12,8 @@ from typing import Final, TypeVar
 
 from mesh.errors import DeadlineExceeded, PodUnavailable
 from mesh.h2_protocol import H2Protocol
-from mesh.http2.client import UNAVAILABLE, UNHEARD, ClientConnection, Exchange
+from mesh.http2.client import UNAVAILABLE, UNHEARD, ClientConnection
+from mesh.http2.exchange import Exchange
 from mesh.http2.frames import ErrorCode
 from mesh.http2.grpc import timeout_field
 from mesh.http2.hpack import Field

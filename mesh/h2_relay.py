@@ -12,7 +12,7 @@ from typing import Final, Protocol, cast
 from mesh.errors import Code, PodUnavailable
 from mesh.h2_client import as_mesh_error, call_fields
 from mesh.h2_peers import Link, Peer
-from mesh.http2.client import Exchange
+from mesh.http2.exchange import Exchange
 from mesh.http2.grpc import RequestHead, ResponseHead, fields_of, timeout_field
 from mesh.http2.hpack_encoder import literal
 from mesh.http2.server import RESPONSE, ServerConnection

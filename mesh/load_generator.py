@@ -22,7 +22,7 @@ from mesh.errors import Code
 from mesh.h2_client import call_fields
 from mesh.h2_peers import Link, connect
 from mesh.h2_protocol import TICK_S
-from mesh.http2.client import Exchange
+from mesh.http2.exchange import Exchange
 from mesh.http2.frames import ErrorCode
 from mesh.http2.grpc import timeout_field
 from mesh.http2.limits import Limits

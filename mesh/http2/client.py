@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from typing import Final
 
 from mesh.http2 import frames
 from mesh.http2.connection import Connection
+from mesh.http2.exchange import Exchange
 from mesh.http2.frames import (
     DATA,
     END_HEADERS,
@@ -20,14 +20,13 @@ from mesh.http2.frames import (
     PREFIX,
     ErrorCode,
 )
-from mesh.http2.grpc import Pair, ResponseHead, response_head
+from mesh.http2.grpc import ResponseHead, response_head
 from mesh.http2.hpack import Decoder
 from mesh.http2.limits import Limits
 from mesh.http2.streams import CLOSED, ERRORS, LOCAL, OPEN, TRANSITIONS, Fault, Move, Stream
 
 CANCELLED: Final = 1
 UNKNOWN: Final = 2
-DEADLINE_EXCEEDED: Final = 4
 PERMISSION_DENIED: Final = 7
 RESOURCE_EXHAUSTED: Final = 8
 INTERNAL: Final = 13
@@ -45,37 +44,6 @@ _BY_HTTP: Final = {"400": 13, "401": 16, "403": 7, "404": 12, "429": 14, "502": 
 """grpc/doc/http-grpc-status-mapping.md, for answers without grpc-status; UNKNOWN for other statuses."""
 
 UNHEARD: Final = "the connection was lost before the first answer; TLS or another certificate may be expected"
-
-
-class Exchange:
-    """One unary call and how it ended."""
-
-    __slots__ = ("deadline", "head", "message", "status", "text", "trailers", "unprocessed")
-
-    def __init__(self, deadline: float = inf) -> None:
-        self.deadline = deadline
-        self.status: int
-        self.text: str
-        self.head: ResponseHead | None = None
-        self.trailers: tuple[Pair, ...] = ()
-        self.message: bytes | None = None
-        self.unprocessed = False
-        """The peer has not seen the call, so it can be made again (§8.7)."""
-
-    @property
-    def headers(self) -> tuple[Pair, ...]:
-        return () if self.head is None else self.head.metadata
-
-    def opening(self, stream: Stream, piece: bytes) -> None:
-        """The first piece of a response of which `stream.need` more bytes are to come; see `Assembly`."""
-
-    def end(self, status: int, text: str) -> None:
-        """The rest is known. Called once."""
-        self.status, self.text = status, text
-
-    def late(self) -> None:
-        """The deadline has passed, and the stream was reset."""
-        self.end(DEADLINE_EXCEEDED, "the deadline passed before the peer answered")
 
 
 class ClientConnection(Connection):

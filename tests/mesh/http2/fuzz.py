@@ -13,7 +13,8 @@ from random import Random
 from typing import Final
 
 from mesh.http2 import frames
-from mesh.http2.client import ClientConnection, Exchange
+from mesh.http2.client import ClientConnection
+from mesh.http2.exchange import Exchange
 from mesh.http2.hpack_encoder import Encoder, literal
 from mesh.http2.limits import Limits
 from mesh.http2.server import RESPONSE
