@@ -131,24 +131,31 @@ class World:
         """Faults end, and what they did heals; after that nothing is under way, and every model can be had."""
         self.chaos.end()
         self._pass(self.chaos.heals_in_ms)
-        for _ in range(1_000):
-            if not self.open and not any(pod.engine.cache.count(*_UNDER_WAY) for pod in self.pods.values()):
-                break
-            self._pass(1_000)
+        self._settle()
         if self.open:
             raise Violation("every request ends", f"{self.open} requests are open")
-        self._pass(2_000)
         self.checks.at_rest(self)
         report, self.report = self.report, Report()  # what the probes load is no part of it
         models = list(self.registry.head.models)
         for model_id in models[:: max(1, len(models) // _PROBES)]:
             self._probe(model_id)
         self.report = report
-        self._pass(2_000 + 10 * self.options.lag_ms)
+        self._pass(10 * self.options.lag_ms)
+        self._settle()
         self.checks.at_rest(self)
         self.checks.count += len(self.pods)
         for pod in self.pods.values():
             self.checks.pod(pod)
+
+    def _settle(self) -> None:
+        """Wait until nothing has been under way for a while; the leader may load ahead for some time."""
+        quiet = 0
+        for _ in range(1_000):
+            busy = self.open or any(pod.engine.cache.count(*_UNDER_WAY) for pod in self.pods.values())
+            quiet = 0 if busy else quiet + 1
+            if quiet == 3:
+                return
+            self._pass(1_000)
 
     def _probe(self, model_id: ModelId) -> None:
         """No model is lost: it is served, or told why not."""
