@@ -184,6 +184,7 @@ class Engine:
             address=self.address,
             capacity_bytes=self.limits.capacity_bytes,
             used_bytes=self.cache.committed_bytes,
+            kept_bytes=self.scaling.kept_bytes,
             oldest_used_ms=self.cache.policy.oldest_used_ms(),
             loaded=count(CopyState.LOADED),
             loading=count(*IN_FLIGHT),
@@ -321,6 +322,10 @@ class Engine:
         if size_bytes > largest_bytes:
             return self._refuse(
                 Why.LOAD_FAILED, f"needs {size_bytes} bytes; the largest pod holds {largest_bytes} bytes"
+            )
+        if all(pod.capacity_bytes - pod.kept_bytes < size_bytes for pod in labelled):
+            return self._refuse(
+                Why.NO_ROOM, f"needs {size_bytes} bytes; copies that are to be kept leave no pod as many"
             )
         return self._refuse(Why.NO_POD, "no pod that could hold it can be reached")
 

@@ -156,7 +156,11 @@ class Peers:
                 for pod in self.pods().values()
                 if pod.capacity_bytes - pod.used_bytes - asked_bytes.get(pod.pod_id, 0) - room_bytes
                 >= reserve * pod.capacity_bytes
-                or (pod.oldest_used_ms and now_ms - pod.oldest_used_ms >= cold_ms)
+                or (
+                    pod.oldest_used_ms
+                    and now_ms - pod.oldest_used_ms >= cold_ms
+                    and pod.capacity_bytes - pod.kept_bytes >= room_bytes
+                )
             ]
             pod_id = self._target(wanted, pods, have, now_ms)
         if pod_id is None:

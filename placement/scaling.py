@@ -101,6 +101,9 @@ class Scaling:
         self._too_many: dict[ModelId, int] = {}
         """Copies that may go, and since when."""
         self._scan: Iterator[ModelId] = iter(())
+        self.kept_bytes = 0
+        """Of the copies here that `is_kept`, as of the last time that all were looked at."""
+        self._kept_so_far = 0
 
     def tick(self, runs: Runs, now_ms: int, actions: list[Action]) -> list[ModelId]:
         """Let time pass; `runs` is what ran since the last tick. Returns the copies that are to be told anew."""
@@ -135,10 +138,12 @@ class Scaling:
         if now_ms < self._ticked_ms:
             return []
         batch = list(islice(self._scan, SCANNED))
-        if not batch:
+        entries = self._cache.copies
+        self._kept_so_far += sum(entries[m].size_bytes for m in batch if m in entries and self.is_kept(m))
+        if len(batch) < SCANNED:
+            self.kept_bytes, self._kept_so_far = self._kept_so_far, 0
             self._scan = iter([copy.model.model_id for copy in self._cache.in_state(CopyState.LOADED)])
-            batch = list(islice(self._scan, SCANNED))
-        copies = [self._cache.copies.get(model_id) for model_id in {*batch, *self._too_many}]
+        copies = [entries.get(model_id) for model_id in {*batch, *self._too_many}]
         return sorted(copy.model.model_id for copy in copies if copy is not None and self._may_go(copy, now_ms))
 
     def _measure(self, copy: Copy, meter: Meter, ran: tuple[int, float] | None, passed_ms: int, now_ms: int) -> None:

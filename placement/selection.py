@@ -91,7 +91,7 @@ def choose_target(
         pod
         for pod in pods
         if not pod.draining
-        and pod.capacity_bytes >= wanted.must_fit_bytes
+        and pod.capacity_bytes - pod.kept_bytes >= wanted.must_fit_bytes
         and pod.pod_id not in exclude
         and not (wanted.requires and missing(wanted.requires, pod.labels))
         and (wanted.givers is None or pod.pod_id in wanted.givers)
@@ -199,6 +199,8 @@ def _against(wanted: Wanted, pod: PodRecord, excluded: str | None) -> list[str]:
         reasons.append("draining")
     if pod.capacity_bytes < wanted.must_fit_bytes:
         reasons.append(f"needs {wanted.must_fit_bytes} bytes, holds {pod.capacity_bytes}")
+    elif pod.capacity_bytes - pod.kept_bytes < wanted.must_fit_bytes:
+        reasons.append(f"needs {wanted.must_fit_bytes} bytes, and {pod.kept_bytes} are of copies that are to be kept")
     if wanted.requires:
         reasons += [f"has no label {label}" for label in missing(wanted.requires, pod.labels)]
     if wanted.givers is not None and pod.pod_id not in wanted.givers:

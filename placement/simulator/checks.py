@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from placement.holdings import HoldState
 from placement.lifecycle import CopyState
-from placement.messages import Action, CopyUnwanted, Event, StartLoad, StartUnload, Unpublish
-from placement.records import ModelId, Tier
+from placement.messages import Action, CopyUnwanted, Event, StartLoad, StartUnload, Tick, Unpublish
+from placement.records import CopyStatus, ModelId, PodId, Tier
 
 if TYPE_CHECKING:
     from placement.simulator.pods import SimPod
@@ -74,6 +74,19 @@ def in_use(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
     return ""
 
 
+def kept(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
+    """A pinned copy goes when it is told to, and when another holder makes it one too many; never for room."""
+    if isinstance(event, CopyUnwanted | Tick):
+        return ""
+    for action in actions:
+        if isinstance(action, StartUnload):
+            copy, model = pod.engine.cache.copies[action.model_id], pod.view.models.get(action.model_id)
+            is_current = model is not None and model.created == copy.model.created
+            if is_current and copy.model.pinned and copy.since_ms == pod.now_ms and not (copy.error or copy.doomed):
+                return f"{copy!r} is evicted"
+    return ""
+
+
 def slots(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
     limits = pod.engine.limits
     return f"{len(pod.loader.loading)} loads at once" if len(pod.loader.loading) > limits.load_slots else ""
@@ -85,6 +98,7 @@ AFTER_EVENT: Final[dict[str, StepCheck]] = {
     "a load starts only into memory that is free": true_room,
     "no copy is evicted while in use": in_use,
     "no more loads than slots": slots,
+    "what is pinned does not go for room": kept,
 }
 
 
@@ -238,11 +252,31 @@ def registered(world: World) -> str:
     return ""
 
 
+def min_copies(world: World) -> str:
+    """Copies that are to be kept are, where a pod has room beside what else is to be kept."""
+    head = world.registry.head
+    kept_bytes = Counter[PodId]()
+    for pod in world.pods.values():
+        for copy in pod.engine.cache.in_state(CopyState.LOADED):
+            if copy.model.pinned or copy.model.min_copies:
+                kept_bytes[pod.pod_id] += copy.size_bytes
+    for model in head.models.values():
+        copies = head.copies(model.model_id)
+        if len(copies) >= model.min_copies or any(copy.status is CopyStatus.FAILED for copy in copies.values()):
+            continue
+        free = world.options.capacity_bytes - world.true_bytes(model)
+        could = [p for p in world.pods if p not in copies and kept_bytes[p] <= free]
+        if could:
+            return f"{model.model_id} has {len(copies)} copies of {model.min_copies}; {could} could have another"
+    return ""
+
+
 WorldCheck = Callable[["World"], str]
 AT_REST: Final[dict[str, WorldCheck]] = {
     "all work ends": nothing_under_way,
     "views converge": one_view,
     "no copy outlives its registration": registered,
+    "min_copies are kept": min_copies,
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from placement.limits import HostMode
 from placement.simulator.options import Faults, Options
@@ -25,9 +26,11 @@ class Clients:
     fill: float = 0.25
     """The largest model's share of a pod."""
     tenants: int = 0
+    placed: float = 0.0
+    """Share of models that say how they are to be placed."""
 
     def workload(self, options: Options) -> Workload:
-        rng = Random(f"models {options.seed}")
+        rng, placing = Random(f"models {options.seed}"), Random(f"placement {options.seed}")
         most = max(1, int(options.capacity_bytes * self.fill))
         models = [
             SimModel(
@@ -39,7 +42,27 @@ class Clients:
             )
             for number in range(self.models)
         ]
+        placed, left_bytes = list[SimModel](), options.capacity_bytes // 2
+        for model in models:
+            settings = _placement(placing) if placing.random() < self.placed else {}
+            if settings.get("min_copies") or settings.get("pinned"):
+                if model.size_bytes > left_bytes:
+                    settings = {}  # all that is to be kept can be, on any pod
+                else:
+                    left_bytes -= model.size_bytes
+            placed.append(replace(model, placement=settings))
+        models = placed
         return zipf(models, self.requests_per_s, options.duration_ms, exponent=self.zipf, seed=options.seed)
+
+
+def _placement(rng: Random) -> dict[str, Any]:
+    least = rng.choice([0, 0, 1, 2])
+    return {
+        "min_copies": least,
+        "max_copies": rng.choice([0, max(1, least), 3]),
+        "pinned": rng.random() < 0.2,
+        "idle_unload_s": rng.choice([0, 0, 5, 60]),
+    }
 
 
 def draw(seed: int) -> tuple[Options, Clients]:
@@ -99,5 +122,6 @@ def draw(seed: int) -> tuple[Options, Clients]:
         load_ms=rng.choice([20.0, 500.0, 3_000.0]),
         fill=rng.choice([0.1, 0.4, 0.9]),
         tenants=rng.choice([0, 0, 3]),
+        placed=rng.choice([0.0, 0.0, 0.3]),
     )
     return options, clients

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 START_MS: Final = 1_700_000_000_000
 """The world begins at this Unix time."""
 _TICK: Final = 500 * TICKS_PER_MS
+_REPLACED: Final = 10_000 * TICKS_PER_MS
+"""`mesh.pod`: half of drain_timeout_s."""
+_LOOK: Final = 50 * TICKS_PER_MS
 
 
 class SimPod:
@@ -108,10 +111,20 @@ class SimPod:
         self.publisher.connect()
 
     def drain(self) -> None:
-        """`mesh.pod.Pod._live`: the lease goes first, then requests end, then the process."""
-        self.serving = False
+        """`mesh.pod.Pod._live`: replacements first, then the lease goes, then requests end, then the process."""
         self.step(DrainStarted())
-        self.publisher.close()
+        self.publisher.put(pod_key(self.pod_id), self.engine.pod_record())
+        self._await_replaced(self.world.clock.now + _REPLACED)
+
+    def _await_replaced(self, until: Tick) -> None:
+        if not self.alive:
+            return
+        self.sync()
+        if self.engine.is_replaced(self.now_ms) or self.world.clock.now >= until:
+            self.serving = False
+            self.publisher.close()
+        else:
+            self.world.clock.after(_LOOK, self._await_replaced, until)
 
     def _tick(self, _: object) -> None:
         if self.alive:

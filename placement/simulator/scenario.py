@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import heapq
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import cos, exp, inf, log, pi
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 Arrivals = Iterator[tuple[float, int]]
 
@@ -32,6 +32,8 @@ class SimModel:
     """From the store."""
     tenant: str = ""
     slo_ms: float = 100.0
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    """Further members of its record that say how it is to be placed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,11 @@ class World:
         expected = {Outcome.OK} if size_bytes <= capacity_bytes else set()
         if max(size_bytes, estimate_bytes) > capacity_bytes:
             expected.add(Outcome.LOAD_FAILED)
+        kept = [other.engine.scaling.kept_bytes for other in self.pods.values()]
+        if max(size_bytes, estimate_bytes) > capacity_bytes - max(kept):
+            expected.add(Outcome.NO_ROOM)  # a pod that cannot make any; so are all that can be reached
+            if self.options.faults.lost_messages:
+                expected.add(Outcome.POD_UNAVAILABLE)
         if not expected.issuperset(answers):
             said = f"of {size_bytes} bytes, estimated {estimate_bytes}, answered {answers[0].value!r}"
             raise Violation("no model is lost", said, pod, model_id)
@@ -225,7 +230,14 @@ class World:
     def registration(self, model_id: ModelId, number: int) -> ModelRecord:
         """Another one, with other contents than those before."""
         model = self.models[model_id]
-        return ModelRecord(model_id, "sim", f"{model_id}/{number}", tenant=model.tenant, slo_ms=round(model.slo_ms))
+        return ModelRecord(
+            model_id,
+            "sim",
+            f"{model_id}/{number}",
+            tenant=model.tenant,
+            slo_ms=round(model.slo_ms),
+            **model.placement,
+        )
 
     # What pods ask the world for
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from placement.messages import (
@@ -136,6 +138,19 @@ def test_6_larger_than_any_pod(pod: Pod) -> None:
     assert route(pod) == Refuse(Why.LOAD_FAILED, "needs 21 bytes; the largest pod holds 20 bytes")
     pod.view.apply(peer("p3", capacity_bytes=21))
     assert route(pod) == Forward("p3", Hop.LOAD_HERE)
+
+
+def test_6_all_that_is_there_is_to_be_kept(pod: Pod) -> None:
+    pod.view.apply(held("gone", "a", size_bytes=9, registration=1))
+    pod.load("kept", 2)
+    pod.view.apply(replace(pod.view.models["kept"], pinned=True, revision=2))
+    for _ in range(3):
+        pod.step(Tick())
+    pod.view.apply(peer("p2", kept_bytes=2))
+    refusal = Refuse(Why.NO_ROOM, "needs 9 bytes; copies that are to be kept leave no pod as many")
+    assert route(pod) == refusal
+    pod.view.apply(peer("p2", kept_bytes=1, revision=2))
+    assert route(pod) == Forward("p2", Hop.LOAD_HERE)
 
 
 def test_6_every_pod_that_could_hold_it_was_tried(pod: Pod) -> None:

@@ -219,7 +219,7 @@ def test_the_copy_that_was_loaded_first_goes_after_a_while(pod: Pod) -> None:
 def test_sooner_where_room_is_short(pod: Pod) -> None:
     _two(pod)
     pod.load("full", 9)
-    live(pod, COOL_FULL_MS // 1_000 + 2)
+    live(pod, COOL_FULL_MS // 1_000 + 4)
     assert gone(pod)
 
 

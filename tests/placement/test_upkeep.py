@@ -287,3 +287,16 @@ def test_the_leader_is_found_again_when_it_goes_drains_or_comes_anew() -> None:
     assert leaders.leader(view) == leader_of(view) == "p3"
     view.remove("pods/p3")
     assert leaders.leader(view) == leader_of(view) == "p1"
+
+
+def test_pods_whose_copies_are_all_to_be_kept_are_not_asked(pod: Pod) -> None:
+    register(pod, "a", min_copies=1)
+    for number in (1, 2, 3):
+        pod.view.apply(peer(f"p{number}", created=number, used_bytes=10, kept_bytes=10, oldest_used_ms=1, revision=9))
+    pod.load("own", 10)
+    pod.view.apply(replace(model_record("own"), pinned=True, revision=2))
+    pod.step(Tick())
+    pod.step(Tick())
+    assert pod.engine.pod_record().kept_bytes == 10
+    pod.wishes.clear()
+    assert tick(pod, 60_000) == []
