@@ -92,6 +92,8 @@ class Options:
     write_ms: float = 5.0
     """A write to the registry, mean."""
     lease_ttl_ms: int = 10_000
+    tick_ms: int = 500
+    """How often a pod looks after itself (`mesh.driver`); most of what a quiet world costs."""
     faults: Faults = field(default_factory=Faults)
     check_every: int = 1
     """Check a pod in full after each so many of its events; what costs little is checked after every one."""

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 START_MS: Final = 1_700_000_000_000
 """The world begins at this Unix time."""
-_TICK: Final = 500 * TICKS_PER_MS
 _REPLACED: Final = 10_000 * TICKS_PER_MS
 """`mesh.pod`: half of drain_timeout_s."""
 _LOOK: Final = 50 * TICKS_PER_MS
@@ -69,6 +68,7 @@ class SimPod:
             else LaggedView(world.registry, models_change=bool(options.faults.registrations))
         )
         self.batch = world.registry.last
+        self._tick_every = ticks(options.tick_ms)
         limits = Limits(
             options.capacity_bytes,
             host_bytes=options.host_bytes,
@@ -106,7 +106,7 @@ class SimPod:
 
     def start(self) -> None:
         """It serves once the registry knows it."""
-        self.world.clock.after(self.rng.randint(1, _TICK), self._tick)
+        self.world.clock.after(self.rng.randint(1, self._tick_every), self._tick)
         self.publisher.put(pod_key(self.pod_id), self.engine.pod_record())
         self.publisher.connect()
 
@@ -132,7 +132,7 @@ class SimPod:
             runs, self.runs = self.runs, {}
             self.step(messages.Tick(runs))
             self.publisher.put(pod_key(self.pod_id), self.engine.pod_record())
-            self.world.clock.after(_TICK, self._tick)
+            self.world.clock.after(self._tick_every, self._tick)
 
     # What the watch brings
 
