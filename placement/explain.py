@@ -76,4 +76,5 @@ def _against(copy: CopyRecord) -> str:
 
 
 def _named(copies: Iterable[CopyRecord]) -> str:
-    return ", ".join(sorted(copy.pod_id for copy in copies))
+    busy = {copy.pod_id: f" ({copy.busy_percent} % busy)" if copy.busy_percent else "" for copy in copies}
+    return ", ".join(pod_id + busy[pod_id] for pod_id in sorted(busy))

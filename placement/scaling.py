@@ -165,7 +165,7 @@ class Scaling:
         percent = 0 if meter.percent < 10 else round(meter.percent)
         if abs(percent - copy.busy_percent) > max(5, copy.busy_percent // 4):
             copy.busy_percent = percent
-        elif copy.used_ms - copy.told_ms < TELL_USED_MS:
+        elif copy.used_ms - max(copy.told_ms, copy.since_ms) < TELL_USED_MS:
             return False
         copy.told_ms = copy.used_ms
         return True

@@ -93,6 +93,15 @@ def test_2_a_draining_holder_still_serves(pod: Pod) -> None:
     assert route(pod) == Forward("p2", Hop.HIT_ONLY)
 
 
+def test_2_a_draining_holder_only_if_there_is_no_other(pod: Pod) -> None:
+    """It goes soon, and what is sent there may have to be sent again."""
+    pod.view.apply(peer("p2", draining=True))
+    pod.view.apply(peer("p3"))
+    pod.view.apply(held("p2", "a"))
+    pod.view.apply(held("p3", "a"))
+    assert {route(pod) for _ in range(20)} == {Forward("p3", Hop.HIT_ONLY)}
+
+
 def test_2_the_less_busy_holder(pod: Pod) -> None:
     peers(pod, "p2", "p3")
     pod.view.apply(held("p2", "a"))

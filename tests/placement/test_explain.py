@@ -41,6 +41,13 @@ def test_a_copy_elsewhere(pod: Pod, status: CopyStatus, reason: str, against: st
     assert (found.verdicts[-1].pod_id, found.verdicts[-1].reasons) == ("p2", (against,))
 
 
+def test_how_busy_a_copy_keeps_its_pod(pod: Pod) -> None:
+    peers(pod, "p2", "p3")
+    pod.view.apply(held("p3", "a"))
+    pod.view.apply(held("p2", "a", busy_percent=60))
+    assert told(pod).reasons == ("loaded on p2 (60 % busy), p3",)
+
+
 def test_this_pods_copy_is_told_as_it_is(pod: Pod) -> None:
     pod.load("a")
     assert told(pod).reasons == ("loaded on p1",)

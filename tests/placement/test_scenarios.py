@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,9 +137,20 @@ class Stage:
     def dropped(self, model_id: str, tier: str = "host") -> list[str]:
         return self._told(self.p.dropped(model_id, Tier(tier)))
 
-    def tick(self, passed: str) -> list[str]:
-        self.p.now_ms += _ms(passed)
-        return self._told(self.p.step(Tick()))
+    def place(self, model_id: str, **how: str) -> list[str]:
+        """Registered again with other settings; numbers only."""
+        known = self.p.view.models[model_id]
+        told: dict[str, Any] = {name: type(getattr(known, name))(int(value)) for name, value in how.items()}
+        self.p.view.apply(replace(known, revision=known.revision + 1, **told))
+        return []
+
+    def tick(self, passed: str, ran: str = "", busy: str = "1ms", times: str = "1") -> list[str]:
+        """Time passes, and meanwhile model `ran` ran for `busy`; so many times."""
+        told: list[str] = []
+        for _ in range(int(times)):
+            self.p.now_ms += _ms(passed)
+            told += self._told(self.p.step(Tick({ran: (1, _ms(busy))} if ran else {})))
+        return told
 
     def drain(self) -> list[str]:
         return self._told(self.p.step(DrainStarted()))

@@ -239,3 +239,26 @@ def test_removing_everything_leaves_nothing(history: list[Record]) -> None:
 
 def test_keys() -> None:
     assert (model_key("a"), vmodel_key("a"), pod_key("a")) == ("models/a", "vmodels/a", "pods/a")
+
+
+@pytest.mark.parametrize("by_snapshot", [False, True])
+def test_what_was_unloaded_where_is_remembered_until_it_is_loaded_or_removed(by_snapshot: bool) -> None:
+    """The leader reloads what went with its pod, and leaves alone what a pod gave up."""
+    view = ClusterView()
+    records: list[Record] = [model_record("m"), peer("p1"), peer("p2")]
+    for record in (*records, held("p1", "m", used_ms=5), held("p2", "m", used_ms=7)):
+        view.apply(record)
+    assert view.unloaded("m") is None
+    if by_snapshot:
+        view.replace([records[0], records[1]])
+        assert view.unloaded("m") == ("p2", 7), "of two, the one whose pod is gone too"
+    else:
+        view.remove("copies/p1/m")
+        assert view.unloaded("m") is None
+        view.remove("copies/p2/m")
+        assert view.unloaded("m") == ("p2", 7)
+    view.apply(held("p1", "m"))
+    assert view.unloaded("m") is None
+    view.remove("copies/p1/m")
+    view.replace([]) if by_snapshot else view.remove("models/m")
+    assert view.unloaded("m") is None
