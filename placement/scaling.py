@@ -135,8 +135,6 @@ class Scaling:
 
     def surplus(self, now_ms: int) -> list[ModelId]:
         """The copies here that are to be given up now."""
-        if now_ms < self._ticked_ms:
-            return []
         batch = list(islice(self._scan, SCANNED))
         entries = self._cache.copies
         self._kept_so_far += sum(entries[m].size_bytes for m in batch if m in entries and self.is_kept(m))
