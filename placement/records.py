@@ -129,8 +129,6 @@ class PodRecord:
     capacity_bytes: int
     used_bytes: int = 0
     """Bytes loaded, loading or promised."""
-    kept_bytes: int = 0
-    """Of copies that do not go for room: pinned, or not to be spared."""
     oldest_used_ms: int = 0
     """When its coldest copy was last used, Unix ms; 0: it holds none."""
     loaded: int = 0
@@ -140,6 +138,8 @@ class PodRecord:
     version: str = ""
     labels: str = ""
     """What kind of pod it is, and where (`placement.labels`)."""
+    kept_bytes: int = 0
+    """Of copies that do not go for room: pinned, or not to be spared."""
     host_free_bytes: int = 0
     disk_free_bytes: int = 0
     queue_ms: int = 0
