@@ -96,7 +96,8 @@ class Options:
     """How often a pod looks after itself (`mesh.driver`); most of what a quiet world costs."""
     faults: Faults = field(default_factory=Faults)
     check_every: int = 1
-    """Check a pod in full after each so many of its events; what costs little is checked after every one."""
+    """Check a pod in full after each so many events, and at the end the views of every so many pods; what costs little
+    is checked after every event."""
     own_views: bool = False
     """Each pod has a `ClusterView` of its own, as in production, instead of one shared by all and seen with its lag."""
     trace: bool = True

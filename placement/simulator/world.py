@@ -136,8 +136,8 @@ class World:
             raise Violation("every request ends", f"{self.open} requests are open")
         self.checks.at_rest(self)
         report, self.report = self.report, Report()  # what the probes load is no part of it
-        models = list(self.registry.head.models)
-        for model_id in models[:: max(1, len(models) // _PROBES)]:
+        models, probes = list(self.registry.head.models), max(10, _PROBES // self.options.check_every)
+        for model_id in models[:: max(1, len(models) // probes)]:
             self._probe(model_id)
         self.report = report
         self._pass(10 * self.options.lag_ms)
