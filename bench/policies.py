@@ -13,7 +13,7 @@ import argparse
 import gzip
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -224,6 +224,22 @@ def markdown(case: Case, lines: Sequence[Row]) -> str:
     return "\n".join([*out, ""])
 
 
+def summary(tables: Mapping[Case, Sequence[Row]]) -> str:
+    """Each policy against LRU in each case: by how much less the excess of late requests is, and the p99."""
+    policies = [*dict.fromkeys(line.policy for lines in tables.values() for line in lines if line.policy != ALL_FIT)]
+    out = [f"| case | {' | '.join(policies)} |", f"|---|{'---:|' * len(policies)}"]
+    for case, lines in tables.items():
+        of = {line.policy: line for line in lines}
+        cells = [
+            f"{of[p].excess_pct:.2f} %, {of[p].p99_ms:.0f} ms"
+            if p == "lru"
+            else (f"{of[p].excess_saved:.0%}, {of[p].p99_saved:.0%}" if p in of else "")
+            for p in policies
+        ]
+        out.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.policies", description=__doc__)
     parser.add_argument(
@@ -258,9 +274,10 @@ def main() -> int:
                 with asked.json.open("a") as file:
                     file.write(f"{json.dumps(asdict(each))}\n")
     print(file=sys.stderr)
-    for case in cases:
-        if of := [each for each in done if each.case == case]:
-            print(markdown(case, rows(of)))
+    tables = {case: rows(of) for case in cases if (of := [each for each in done if each.case == case])}
+    for case, lines in tables.items():
+        print(markdown(case, lines))
+    print(summary(tables))
     return 0
 
 

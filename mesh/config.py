@@ -82,7 +82,7 @@ class Config:
     advertise: str = _setting("", "host:port at which other pods reach this one; found out by default.")
     labels: str = _setting("", "What kind of pod this is, and where: gpu=h200,zone=a,node=n1.")
     capacity: str = _setting("2GiB", "Memory that loaded models may hold.")
-    policy: str = _setting("lru", f"Eviction policy: {', '.join(POLICIES)}.")
+    policy: str = _setting("slo_density", f"Eviction policy: {', '.join(POLICIES)}.")
     load_slots: int = _setting(2, "Models that load at once.")
     run_threads: int = _setting(os.cpu_count() or 1, "Threads that run models.")
     allow_code: str = _setting("", f"Files that may run their author's code: any of {','.join(_CODE)}.")

@@ -25,6 +25,7 @@ def test_figures_and_plot(tmp_path: Path) -> None:
     assert {run["policy"] for run in runs} == {ALL_FIT, "lru", "slo_density", OFFLINE}
     assert {run["case"]["trace"] for run in runs} == {"maf", "log", "maf-disk"}
     assert "| slo_density |" in said.stdout
+    assert "| case | lru | slo_density | offline |" in said.stdout
     fewest = {run["case"]["trace"]: run["loads"] for run in runs if run["policy"] == ALL_FIT}
     assert any(run["loads"] > fewest[run["case"]["trace"]] for run in runs)
     subprocess.run([sys.executable, "-m", "bench.policies_plot", figures, plot], check=True)
