@@ -24,10 +24,11 @@ from mesh.http2.frames import (
     ConnectionFault,
     ErrorCode,
 )
-from mesh.http2.grpc import Malformed, RequestHead, request_head
-from mesh.http2.hpack import Decoder, Field
+from mesh.http2.grpc import Malformed, RequestHead
+from mesh.http2.hpack import Field
 from mesh.http2.hpack_encoder import literal
 from mesh.http2.limits import Limits
+from mesh.http2.request_heads import request_decoder
 from mesh.http2.streams import CLOSED, ERRORS, LOCAL, REMOTE, TRANSITIONS, Fault, Move, Stream
 
 RESPONSE: Final[tuple[Field, ...]] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
@@ -65,8 +66,7 @@ class ServerConnection(Connection):
     """One client's connection."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float], calls: Calls) -> None:
-        decoder = Decoder(request_head, table_bytes=limits.table_bytes, list_bytes=limits.max_header_bytes)
-        super().__init__(limits, clock, decoder)
+        super().__init__(limits, clock, request_decoder(limits))
         self._calls = calls
         self._accepted_id = MAX_STREAM_ID
         """Streams above it are not served: GOAWAY said so."""
