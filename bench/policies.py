@@ -105,7 +105,9 @@ def workload(trace: str, seed: int, log: Path | None, hours: float) -> Workload:
     if trace == "log":
         assert log is not None
         with gzip.open(log, "rt") if log.suffix == ".gz" else log.open() as lines:
-            return replay(log.name, lines, speedup=LOG_SPEEDUP, seed=seed)
+            recorded = replay(log.name, lines, speedup=LOG_SPEEDUP, seed=seed)
+        # Of one tenant: shares of the pod between tenants would come before any policy.
+        return replace(recorded, models=[replace(model, tenant="") for model in recorded.models])
     models = mixed_models(MODELS, seed)
     if trace == "maf-disk":
         models = [replace(DISK.model(model.model_id, model.size_bytes), slo_ms=1_000.0) for model in models]
