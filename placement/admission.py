@@ -104,10 +104,13 @@ class Admission:
             error = (
                 f"no room for {copy.size_bytes} bytes: tenant {copy.tenant!r} may have {tenant.max_bytes} (max_bytes)"
             )
-        elif now_ms - copy.since_ms >= self._limits.queue_patience_ms:
-            error = f"no room for {copy.size_bytes} bytes: all is in use"
-        else:
+        elif copy.starved_ms is None:
+            copy.starved_ms = now_ms
             return
+        elif now_ms - copy.starved_ms < self._limits.queue_patience_ms:
+            return
+        else:
+            error = f"no room for {copy.size_bytes} bytes: all is in use"
         copy.no_room = True
         self._moves.fail(copy, error, True, now_ms, actions)
 

@@ -73,6 +73,8 @@ class Copy:
     estimated: bool = False
     error: str = ""
     retryable: bool = False
+    starved_ms: int | None = None
+    """While QUEUED: since when room for it was looked for in vain."""
     no_room: bool = False
     """The failure is that there was no room; `retryable` too."""
     expires_ms: int = 0

@@ -44,6 +44,6 @@ class Limits:
     ask_patience_ms: int = 10_000
     """How long a copy that was asked for elsewhere may take to show."""
     queue_patience_ms: int = 10_000
-    """How long a copy may be queued before finding no room for it is the answer."""
+    """How long a queued copy looks for room in vain before that is the answer."""
     slo_ms: int = 100
     """Within what requests should be answered for models that were registered without a word on it."""
