@@ -83,6 +83,10 @@ class Config:
     labels: str = _setting("", "What kind of pod this is, and where: gpu=h200,zone=a,node=n1.")
     capacity: str = _setting("2GiB", "Memory that loaded models may hold.")
     policy: str = _setting("slo_density", f"Eviction policy: {', '.join(POLICIES)}.")
+    cache_dir: str = _setting("", "Where models from object stores are kept; by default densemesh in the user's cache.")
+    cache_size: str = _setting("", "Disk that they may take; by default half of what is free at start.")
+    storage_config: str = _setting("", "Storage keys: a directory with a JSON file for each, or one JSON file of all.")
+    pvc_root: str = _setting("/pvc_mounts", "Directory in which pvc:// claims are mounted by name.")
     load_slots: int = _setting(2, "Models that load at once.")
     run_threads: int = _setting(os.cpu_count() or 1, "Threads that run models.")
     allow_code: str = _setting("", f"Files that may run their author's code: any of {','.join(_CODE)}.")
@@ -97,6 +101,17 @@ class Config:
     @property
     def capacity_bytes(self) -> int:
         return parse_bytes(self.capacity)
+
+    @property
+    def cache_path(self) -> Path:
+        if self.cache_dir:
+            return Path(self.cache_dir).absolute()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "densemesh"
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """None: half of what is free."""
+        return parse_bytes(self.cache_size) if self.cache_size else None
 
     @property
     def max_message_bytes(self) -> int:
@@ -128,7 +143,11 @@ class Config:
 
     def validate(self) -> str | None:
         """The first sentence that is wrong with this configuration; None: it is fine."""
-        for name, size in (("capacity", self.capacity), ("max-message", self.max_message)):
+        for name, size in (
+            ("capacity", self.capacity),
+            ("max-message", self.max_message),
+            ("cache-size", self.cache_size or "1GiB"),
+        ):
             try:
                 parse_bytes(size)
             except ValueError as error:
@@ -169,6 +188,8 @@ class Config:
             return f"--labels: {error}"
         if self.models and not Path(self.models).is_dir():
             return f"--models: {self.models!r} is not a directory"
+        if self.storage_config and not Path(self.storage_config).exists():
+            return f"--storage-config: {self.storage_config!r} does not exist"
         if len(os.fsencode(self.uds)) > _MAX_PATH_BYTES:
             return f"--uds: expected a path of at most {_MAX_PATH_BYTES} bytes, found {self.uds!r}"
         try:

@@ -11,11 +11,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final, TypeVar, assert_never
 
 from loaders import loader_for
 from loaders.artifacts import resolve
 from loaders.base import Artifact, LoaderError
+from loaders.storage.source import Held, Storage, holding
 from mesh import __version__
 from mesh.batcher import Batcher
 from mesh.errors import ModelNotFound
@@ -77,6 +79,7 @@ class Driver:
         *,
         allowed_code: frozenset[str],
         run_threads: int,
+        storage: Storage,
     ) -> None:
         self.engine = engine
         self._ensure_loaded: Callable[[ModelId], Awaitable[None]] | None = None
@@ -85,6 +88,7 @@ class Driver:
         self._publisher = publisher
         self._tasks = tasks
         self._allowed_code = allowed_code
+        self._storage = storage
         self._loaded: dict[ModelId, Resident] = {}
         self._waiters: dict[ModelId, asyncio.Future[None]] = {}
         self._closed = False
@@ -95,6 +99,7 @@ class Driver:
         # Unloads and estimates must not queue behind loads, or room would wait for what waits for room.
         slots = engine.limits.load_slots
         self._loading = ThreadPoolExecutor(slots, "load")
+        self._fetching = ThreadPoolExecutor(slots, "fetch")
         self._housekeeping = ThreadPoolExecutor(2, "housekeeping")
         loop = asyncio.get_running_loop()
         self._workers = Workers(run_threads, loop)
@@ -196,10 +201,12 @@ class Driver:
         await asyncio.to_thread(self._end_threads)
         loaded, self._loaded = self._loaded, {}
         for resident in loaded.values():
-            await asyncio.to_thread(resident.model.unload)
+            await asyncio.to_thread(resident.unload)
 
     def _end_threads(self) -> None:
         self._workers.close()
+        self._storage.stop()
+        self._fetching.shutdown(wait=True, cancel_futures=True)
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._housekeeping.shutdown(wait=True)
 
@@ -251,7 +258,8 @@ class Driver:
             self._tasks.create_task(once())
 
     async def _estimate(self, model: ModelRecord) -> None:
-        await self._attempt(model, self._housekeeping, self._estimate_bytes, SizeEstimated)
+        pool = self._fetching if "://" in model.path or "storage_key" in model.key else self._housekeeping
+        await self._attempt(model, pool, self._estimate_bytes, SizeEstimated)
 
     async def _load(self, model: ModelRecord) -> None:
         started = time.monotonic()
@@ -296,20 +304,32 @@ class Driver:
             return
         resident = self._loaded.pop(model_id)
         self.in_line.forget(model_id)
-        await asyncio.get_running_loop().run_in_executor(self._housekeeping, resident.model.unload)
+        await asyncio.get_running_loop().run_in_executor(self._housekeeping, resident.unload)
         log.info("copy %s UNLOADING -> gone", model_id)
         self.step(UnloadFinished(model_id))
 
     def _estimate_bytes(self, model: ModelRecord) -> int:
-        return loader_for(format_of(model)).estimate_bytes(self._artifact(model, settings_of(model)))
+        """Frameworks tell a model's size from its files, so they are fetched for that."""
+        settings = settings_of(model)
+        with holding(self._held(model, settings)) as path:
+            return loader_for(format_of(model)).estimate_bytes(self._artifact(model, path, settings))
 
     def _load_model(self, model: ModelRecord) -> Resident:
         settings = settings_of(model)
-        return Resident(loader_for(format_of(model)).load(self._artifact(model, settings)), settings)
+        held = self._held(model, settings)
+        try:
+            loaded = loader_for(format_of(model)).load(self._artifact(model, held.path, settings))
+            return Resident(loaded, settings, held)
+        except BaseException:
+            held.close()
+            raise
 
-    def _artifact(self, model: ModelRecord, settings: ModelSettings) -> Artifact:
+    def _held(self, model: ModelRecord, settings: ModelSettings) -> Held:
+        return self._storage.hold(model.path, settings.storage_key, settings.storage_params)
+
+    def _artifact(self, model: ModelRecord, path: Path | str, settings: ModelSettings) -> Artifact:
         return Artifact(
-            path=resolve(format_of(model), model.path, allowed_code=self._allowed_code),
+            path=resolve(format_of(model), str(path), allowed_code=self._allowed_code),
             parameters=settings.parameters,
             inputs=settings.inputs,
             outputs=settings.outputs,

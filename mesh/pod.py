@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from loaders import loader_for
 from loaders.base import LoaderError
+from loaders.storage.source import Storage
 from mesh import metrics, reflection
 from mesh.config import Config, reachable_host
 from mesh.directory import Directory
@@ -186,7 +187,24 @@ class Pod:
         engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(pod_id))
         self.engine = engine
         publisher = Publisher(registry, config.lease_ttl_s)
-        driver = Driver(engine, publisher, tasks, allowed_code=config.allowed_code, run_threads=config.run_threads)
+        storage = Storage(
+            config.cache_path,
+            config.cache_bytes,
+            Path(config.storage_config) if config.storage_config else None,
+            Path(config.pvc_root),
+        )
+        try:
+            storage.start()
+        except LoaderError as error:
+            raise CannotStart(f"{config.cache_path}: {error}") from None
+        driver = Driver(
+            engine,
+            publisher,
+            tasks,
+            allowed_code=config.allowed_code,
+            run_threads=config.run_threads,
+            storage=storage,
+        )
 
         def forget(address: str) -> None:
             tasks.create_task(client.forget(address))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loaders.base import LoadedModel
+from loaders.storage.source import Held
 from mesh.plans import Plans
 from mesh.repository import ModelSettings
 from mesh.rowwise import Kind, has_batch_dimension
@@ -11,13 +12,21 @@ from mesh.rowwise import Kind, has_batch_dimension
 class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
-    __slots__ = ("model", "plans", "settings", "together", "tried")
+    __slots__ = ("held", "model", "plans", "settings", "together", "tried")
 
-    def __init__(self, model: LoadedModel, settings: ModelSettings) -> None:
+    def __init__(self, model: LoadedModel, settings: ModelSettings, held: Held | None = None) -> None:
         self.model = model
+        self.held = held
+        """Its files, which must stay while it is loaded: frameworks map them."""
         self.settings = settings
         self.plans = Plans()
         self.together = not settings.one_by_one and has_batch_dimension(model.signature)
         """Whether requests may be run together; False for good once one try has shown that they must not."""
         self.tried: dict[Kind, bool] = {}
         """Whether requests of a kind were found to be answered row by row; False: that is being tried."""
+
+    def unload(self) -> None:
+        """Give the memory back, and let go of the files. Blocks."""
+        self.model.unload()
+        if self.held is not None:
+            self.held.close()

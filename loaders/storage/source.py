@@ -1,0 +1,196 @@
+"""What a model's path means, and its files on local disk for as long as they are in use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loaders.base import LoaderError
+from loaders.storage.archive import is_archive, top, unpack
+from loaders.storage.base import Entry, Store, open_store
+from loaders.storage.cache import Cache, Lease, Room
+from loaders.storage.credentials import settings_for
+from loaders.storage.fetch import fetch, find
+from loaders.storage.local import claim_path
+
+_URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
+_BLOB: Final = re.compile(r"([a-z0-9]{3,24})\.blob\.core\.windows\.net")
+_TYPES: Final = {"s3": "s3", "gcs": "gs", "gs": "gs", "azure": "az", "az": "az", "http": "http", "pvc": "pvc"}
+"""The `type` of a storage key to the scheme."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model lies."""
+
+    scheme: str
+    place: str
+    """Bucket, container, claim; for the web, the whole URL."""
+    key: str
+    settings: Mapping[str, Any]
+
+
+class Held:
+    """A model's files; they stay until `close`."""
+
+    def __init__(self, path: Path | str, lease: Lease | None = None) -> None:
+        self.path = path
+        self._lease = lease
+
+    def close(self) -> None:
+        if self._lease is not None:
+            self._lease.close()
+
+
+class Storage:
+    """A pod's ways to models. `config`: see `credentials`; `mounts`: where claims are mounted."""
+
+    def __init__(self, cache_dir: Path, cache_bytes: int | None, config: Path | None, mounts: Path) -> None:
+        self._cache_dir, self._cache_bytes = cache_dir, cache_bytes
+        self._config, self._mounts = config, mounts
+        self._stopped = threading.Event()
+        self._opening = threading.Lock()
+        self._cache: Cache | None = None
+
+    def start(self) -> None:
+        """Check a cache that is there already and clear what a crash left of it.
+
+        Raises:
+            LoaderError: it cannot be used.
+        """
+        if self._cache_dir.is_dir():
+            self._open_cache()
+
+    def stop(self) -> None:
+        """Make fetches that are under way fail soon."""
+        self._stopped.set()
+
+    def hold(self, uri: str, storage_key: str, params: Mapping[str, Any]) -> Held:
+        """The files of a model, fetched if they are not here in the version that the store has now. Blocks.
+
+        Raises:
+            LoaderError: one sentence with the store's own reason.
+        """
+        if not is_stored(uri, storage_key):
+            return Held(uri)
+        source = self._source(uri, storage_key, params)
+        if source.scheme == "pvc":
+            return Held(claim_path(self._mounts, source.place, source.key))
+        store = open_store(source.scheme, source.place, source.settings)
+        entries = find(store, source.key)
+        only = entries[0] if len(entries) == 1 and entries[0].key == source.key else None
+        if only is not None and not only.name:  # of the web: the last part of the path
+            entries = [only := Entry("", _file_name(source.place), only.size_bytes, only.etag)]
+        lease = self._open_cache().get(
+            _digest(store, source.key, entries),
+            sum(entry.size_bytes for entry in entries),
+            lambda folder, room: self._fill(store, entries, folder, room, only),
+        )
+        if only is None:
+            return Held(lease.folder, lease)
+        return Held(top(lease.folder) if is_archive(only.name) else lease.folder / only.name, lease)
+
+    def _fill(self, store: Store, entries: Sequence[Entry], folder: Path, room: Room, only: Entry | None) -> None:
+        files = folder / "files"
+        if only is None or not is_archive(only.name):
+            files.mkdir()
+            fetch(store, entries, files, self._stopped)
+            return
+        fetched = folder / "fetched"
+        fetched.mkdir()
+        fetch(store, entries, fetched, self._stopped)
+        archive = fetched / only.name
+        unpack(archive, files, room.max_bytes - only.size_bytes)
+        archive.unlink()
+        fetched.rmdir()
+
+    def _open_cache(self) -> Cache:
+        with self._opening:
+            if self._cache is None:
+                self._cache = Cache(self._cache_dir, self._cache_bytes, self._stopped)
+            return self._cache
+
+    def _source(self, uri: str, storage_key: str, params: Mapping[str, Any]) -> Source:
+        match = _URI.fullmatch(uri)
+        scheme = match[1] if match else ""
+        blob = _BLOB.fullmatch(match[2]) if match and scheme == "https" else None
+        kind = "az" if blob else "http" if scheme == "https" else scheme
+        settings = dict(settings_for(self._config, storage_key, kind))
+        if match is not None and kind in _TYPES.values() and _TYPES.get(settings.get("type", ""), kind) != kind:
+            if storage_key:
+                raise LoaderError(f"storage key {storage_key!r} is of type {settings['type']}, the path is {scheme}://")
+            settings = {}  # the default of another store
+        settings |= _params(params)
+        if match is None:  # ModelMesh: a path within the bucket of the storage key
+            return _within(storage_key, uri.strip("/"), settings)
+        if kind == "http":
+            settings.pop("headers", None)  # they are for the key's own url
+            return Source(scheme, uri, "", settings)
+        place, key = match[2], match[3].strip("/")
+        if blob:
+            if settings.setdefault("account_name", blob[1]) != blob[1]:
+                raise LoaderError(f"storage key {storage_key or 'default'!r} is for another account than {blob[1]!r}")
+            place, _, key = key.partition("?")[0].partition("/")
+        if not place:
+            raise LoaderError(f"{uri!r} names no bucket: expected {scheme}://bucket/path")
+        return Source(kind, place, key, settings)
+
+
+def is_stored(uri: str, storage_key: str) -> bool:
+    """Whether a path means something that `Storage` has to find, and not just a path in the pod's file system."""
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    return scheme not in ("", "file") or bool(storage_key and uri and not scheme)
+
+
+def _within(storage_key: str, key: str, settings: Mapping[str, Any]) -> Source:
+    where = f"storage key {storage_key!r}"
+    scheme = _TYPES.get(settings.get("type", ""))
+    if scheme is None:
+        raise LoaderError(f"{where}: expected a type of {', '.join(_TYPES)}, found {settings.get('type', '')!r}")
+    if scheme == "http":
+        url = settings.get("url", "").rstrip("/")
+        if not url.startswith(("http://", "https://")):
+            raise LoaderError(f"{where}: expected a url that starts with http:// or https://")
+        return Source("http", f"{url}/{key}", "", settings)
+    named = {"az": ("container", "bucket"), "pvc": ("name", "bucket")}.get(scheme, ("bucket", "default_bucket"))
+    place = next((settings[name] for name in named if settings.get(name)), "")
+    if not place:
+        raise LoaderError(f"{where}: expected a {named[0]} there or in storage_params")
+    return Source(scheme, place, key, settings)
+
+
+def _params(params: Mapping[str, Any]) -> dict[str, str]:
+    """Where, as the model's owner says; how it is opened is the storage key's alone, or its secret could be sent to an
+    address of the owner's choice."""
+    told = {name: params[name] for name in ("bucket", "container", "name") if name in params}
+    for name, value in told.items():
+        if not isinstance(value, str) or not value or "/" in value:
+            raise LoaderError(f"storage_params: {name} is not a bucket's name")
+    return told
+
+
+def _file_name(url: str) -> str:
+    name = re.split(r"[?#]", url)[0].rstrip("/").rpartition("/")[2]
+    return name or "model"
+
+
+def _digest(store: Store, key: str, entries: Sequence[Entry]) -> str:
+    """Of what the files are: the same for every pod, another for every version."""
+    told = [store.identity, key, [(entry.name, entry.size_bytes, entry.etag) for entry in entries]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+@contextmanager
+def holding(held: Held) -> Iterator[Path | str]:
+    """Hold for a while."""
+    try:
+        yield held.path
+    finally:
+        held.close()
