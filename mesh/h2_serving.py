@@ -38,7 +38,7 @@ class _Waiting:
 
 
 class ServerProtocol(H2Protocol[ServerConnection]):
-    """One client's connection, and the calls on it (`mesh.http2.server.Calls`)."""
+    """One client's connection, and the calls on it (`mesh.http2.calls.Calls`)."""
 
     def __init__(self, server: Shared[ServerProtocol], loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)

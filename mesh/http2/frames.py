@@ -46,6 +46,9 @@ MESSAGE_HEAD: Final = struct.Struct(">HBBBLBL")
 """A DATA frame's head and in it the prefix of a gRPC message: compressed flag and length."""
 PREFIX: Final = 14
 """Its bytes."""
+UPDATE: Final = struct.Struct(">HBBBLL")
+"""A WINDOW_UPDATE: a frame's head, and the increment."""
+UPDATE_BYTES: Final = 13
 _SETTING: Final = struct.Struct(">HL")
 _WORD: Final = struct.Struct(">L")
 _TWO_WORDS: Final = struct.Struct(">LL")

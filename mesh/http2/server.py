@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from struct import Struct
-from typing import Final, Protocol
+from typing import Final
 
 from mesh.errors import encoded, shown
 from mesh.http2 import frames
+from mesh.http2.calls import Calls
 from mesh.http2.connection import Connection
 from mesh.http2.frames import (
     DATA,
@@ -17,10 +18,14 @@ from mesh.http2.frames import (
     HEAD,
     HEADERS,
     MAX_STREAM_ID,
+    MAX_WINDOW,
     MESSAGE_HEAD,
     PING,
     PREFACE,
     PREFIX,
+    UPDATE,
+    UPDATE_BYTES,
+    WINDOW_UPDATE,
     ConnectionFault,
     ErrorCode,
 )
@@ -38,28 +43,6 @@ _DRAIN: Final = b"draining"
 _OK: Final = literal(((b"grpc-status", b"0"),))
 _OK_HEAD: Final = HEAD.pack(0, len(_OK), HEADERS, END_HEADERS | END_STREAM, 0)[:5]
 _ID: Final = Struct(">L")
-
-
-class Calls(Protocol):
-    """Who serves the calls of a connection."""
-
-    def begin(self, stream: Stream, head: RequestHead) -> None:
-        """A request's headers came. It may be answered at once."""
-
-    def whole(self, stream: Stream, head: RequestHead, message: bytes) -> None:
-        """All of a call with one message, which is not compressed, came at once: in place of `begin` and `message`."""
-
-    def opening(self, stream: Stream, piece: bytes) -> None:
-        """The first piece of a message of which `stream.need` more bytes are to come; see `Assembly`."""
-
-    def message(self, stream: Stream, message: bytes, *, compressed: bool, ended: bool) -> None:
-        """The client's next message; `ended`: and its last."""
-
-    def end(self, stream: Stream) -> None:
-        """The client sends no more; its last message, if there was one, came before."""
-
-    def aborted(self, stream: Stream) -> None:
-        """Nobody waits for the answer any more."""
 
 
 class ServerConnection(Connection):
@@ -174,8 +157,20 @@ class ServerConnection(Connection):
     def _whole(self, data: bytes, start: int, stop: int, end: int, stream_id: int) -> int:
         if end - stop < PREFIX or self._recv_left < self._whole_left:
             return 0
-        high, low, kind, flags, same_id, compressed, size = MESSAGE_HEAD.unpack_from(data, stop)
-        after: int = stop + PREFIX + size
+        at, credit = stop, 0
+        if data[stop + 3] == WINDOW_UPDATE:  # as gRPC's C core sends it before each message
+            high, low, _, _, same_id, credit = UPDATE.unpack_from(data, stop)
+            at = stop + UPDATE_BYTES
+            if (
+                low != 4
+                or high
+                or same_id != stream_id
+                or not 0 < credit <= MAX_WINDOW - self._initial
+                or end - at < PREFIX
+            ):
+                return 0
+        high, low, kind, flags, same_id, compressed, size = MESSAGE_HEAD.unpack_from(data, at)
+        after: int = at + PREFIX + size
         if (
             same_id != stream_id
             or flags != END_STREAM
@@ -196,9 +191,12 @@ class ServerConnection(Connection):
         if head.fault is not None or head.content_length >= 0:
             self._open(head, stream_id, ended=False)
             return stop
+        if credit:
+            self._spend("window updates")
         self.last_id = stream_id
         stream = self.streams[stream_id] = Stream(stream_id, head, self.limits.stream_window, self.received_at)
         stream.state = REMOTE
+        stream.credit = credit
         self._recv_left -= size + 5
         self._calls.whole(stream, head, data[after - size : after])
         return after
