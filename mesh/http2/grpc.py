@@ -212,7 +212,9 @@ def pairs_of(field: Field) -> tuple[Pair, ...] | None:
     name, value = field
     pairs: tuple[Pair, ...] | None
     text = value.decode("latin-1")
-    if not is_plain(text) and _BAD_VALUE.search(value):
+    # All of it printable ASCII is the usual case, and found out by a tenth of a regular expression's work.
+    is_plain = text.isascii() and text.isprintable() and text[:1] != " " != text[-1:]
+    if not is_plain and _BAD_VALUE.search(value):
         raise Malformed(f"the value of {name[:64]!r} has characters that are not allowed")  # §8.2.1
     key = KEYS.get(name)
     if key is not None:
@@ -239,11 +241,6 @@ def pairs_of(field: Field) -> tuple[Pair, ...] | None:
             _pairs.clear()
         _pairs[field] = pairs
     return pairs
-
-
-def is_plain(text: str) -> bool:
-    """Whether it surely is a value (RFC 9113 §8.2.1): the usual case, for a tenth of a regular expression's work."""
-    return text.isascii() and text.isprintable() and text[:1] != " " != text[-1:]
 
 
 def fields_of(metadata: tuple[Pair, ...] | list[Pair]) -> list[Field]:

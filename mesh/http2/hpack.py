@@ -2,11 +2,12 @@
 
 What makes it fast: a block that came before is looked up, not decoded. A block that neither changed the dynamic table
 nor used it means the same for ever; one that used it means the same until the table changes; one that changed it is
-decoded each time.
+decoded each time. Of a new block, the indexed fields that it begins with are looked up together in the same way.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
@@ -23,12 +24,24 @@ FIELD_OVERHEAD: Final = 32
 _STATIC_ENTRIES: Final = len(STATIC) - 1
 _CACHED_BLOCKS: Final = 32
 _CACHED_BYTES: Final = 1_024
+_indexed: Final = re.compile(rb"[\x81-\xfe]{0,32}").match
+"""Fields of one byte each (§6.1)."""
 
 
 class Decoder(Generic[T]):
     """Header blocks to whatever `build` makes of their fields; `build` must depend on nothing else."""
 
-    __slots__ = ("_always", "_build", "_entries", "_most", "_most_bytes", "_most_list", "_size", "_until_change")
+    __slots__ = (
+        "_always",
+        "_beginnings",
+        "_build",
+        "_entries",
+        "_most",
+        "_most_bytes",
+        "_most_list",
+        "_size",
+        "_until_change",
+    )
 
     def __init__(self, build: Callable[[list[Field] | None], T], *, table_bytes: int, list_bytes: int) -> None:
         """`build` gets None for a list of more than `list_bytes`, which is decoded only as far as the table needs it.
@@ -41,6 +54,8 @@ class Decoder(Generic[T]):
         self._size = 0
         self._always: dict[bytes, T] = {}
         self._until_change: dict[bytes, T] = {}
+        self._beginnings: dict[bytes, tuple[list[Field], int]] = {}
+        """Fields and their size by what blocks begin with, until the table changes."""
 
     def __repr__(self) -> str:
         return f"<Decoder {len(self._entries)} entries, {self._size}/{self._most} bytes>"
@@ -68,6 +83,11 @@ class Decoder(Generic[T]):
         at, end, list_bytes, most_list = 0, len(block), 0, self._most_list
         used = changed = False
         updates = 0
+        beginning = _indexed(block).group()  # type: ignore[union-attr]
+        known = self._beginnings.get(beginning)
+        if known is not None:
+            fields, list_bytes = known[0].copy(), known[1]
+            at, used = len(beginning), True
         while at < end:
             byte = block[at]
             at += 1
@@ -125,9 +145,16 @@ class Decoder(Generic[T]):
                 fields.append(field)
         built = self._build(fields)
         if changed:
-            if self._until_change:
-                self._until_change.clear()
-        elif end <= _CACHED_BYTES:
+            self._until_change.clear()
+            self._beginnings.clear()
+            return built
+        if known is None and beginning and fields is not None:
+            if len(self._beginnings) >= _CACHED_BLOCKS:
+                self._beginnings.clear()
+            begun = fields[: len(beginning)]
+            size = sum([len(name) + len(value) + FIELD_OVERHEAD for name, value in begun])
+            self._beginnings[beginning] = begun, size
+        if end <= _CACHED_BYTES:
             cache = self._until_change if used else self._always
             if len(cache) >= _CACHED_BLOCKS:
                 cache.clear()

@@ -78,21 +78,30 @@ def _padding_states() -> frozenset[int]:
 
 _HALF: Final = _half_steps()
 _ENDS: Final = _padding_states()
-_steps: Final[dict[int, tuple[int, bytes]]] = {}
-"""State << 8 | byte: at most 65,536 entries."""
 _memo: Final[dict[bytes, bytes]] = {}
 """Short strings are few and come again; the same for all connections."""
 
 
-def _step(key: int) -> tuple[int, bytes]:
-    state, first = _HALF[(key >> 8) << 4 | key >> 4 & 15]
-    if state < 0:
-        raise HuffmanError("EOS inside a Huffman string")
-    state, second = _HALF[state << 4 | key & 15]
-    if state < 0:
-        raise HuffmanError("EOS inside a Huffman string")
-    step = _steps[key] = state, first + second
-    return step
+class _State(dict[int, "tuple[_State, bytes]"]):
+    """By byte: the next state and what is put out. All have at most 65,536 entries."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: int) -> None:
+        super().__init__()
+        self.node = node
+
+    def __missing__(self, byte: int) -> tuple[_State, bytes]:
+        node, first = _HALF[self.node << 4 | byte >> 4]
+        if node >= 0:
+            node, second = _HALF[node << 4 | byte & 15]
+        if node < 0:
+            raise HuffmanError("EOS inside a Huffman string")
+        step = self[byte] = _STATES[node], first + second
+        return step
+
+
+_STATES: Final = [_State(node) for node in range(len(_NODES))]
 
 
 def decode(coded: bytes) -> bytes:
@@ -105,14 +114,11 @@ def decode(coded: bytes) -> bytes:
     if known is not None:
         return known
     out: list[bytes] = []
-    state, steps = 0, _steps
+    state, put_out = _STATES[0], out.append
     for byte in coded:
-        key = state << 8 | byte
-        step = steps.get(key)
-        state, octets = _step(key) if step is None else step
-        if octets:
-            out.append(octets)
-    if state not in _ENDS:
+        state, octets = state[byte]
+        put_out(octets)
+    if state.node not in _ENDS:
         raise HuffmanError("a Huffman string ends in padding that is none")
     decoded = b"".join(out)
     if len(coded) <= _MEMO_BYTES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import takewhile
 
-from mesh.http2.grpc import KEYS, BadBinary, Malformed, Pair, RequestHead, is_plain, pairs_of, request_head, timeout_of
+from mesh.http2.grpc import KEYS, BadBinary, Malformed, Pair, RequestHead, pairs_of, request_head, timeout_of
 from mesh.http2.hpack import Decoder, Field
 from mesh.http2.limits import Limits
 
@@ -67,10 +67,11 @@ class RequestHeads:
             name, value = field
             key = KEYS.get(name)
             if key is not None:
-                text = value.decode("latin-1")
-                if is_plain(text):  # seldom to come again, so it is not remembered
-                    pairs.append((key, text))
-                    continue
+                if value.isascii():
+                    text = value.decode()
+                    if text.isprintable() and text[:1] != " " != text[-1:]:  # it need not be remembered
+                        pairs.append((key, text))
+                        continue
             elif name == b"grpc-timeout" and base.timeout_s is None:
                 timeout_s = timeout_of(value)
                 if timeout_s is None:

@@ -151,6 +151,23 @@ def test_a_block_is_remembered_only_as_long_as_it_means_the_same() -> None:
         subject.decode(b"\xbe")
 
 
+def test_a_beginning_is_remembered_only_as_long_as_it_means_the_same() -> None:
+    subject = decoder(list_bytes=250)
+    assert subject.decode(bytes.fromhex("40016101" + "62")) == [(b"a", b"b")]
+    for value in (b"1", b"2", b"3"):
+        block = b"\xbe\x83" + literal([(b"x", value)])
+        assert subject.decode(block) == [(b"a", b"b"), (b":method", b"POST"), (b"x", value)]
+    for value in (b"4", b"5"):  # blocks of which one changes the table, and is read before it does
+        block = b"\xbe\x83" + bytes.fromhex("40016101") + value
+        assert subject.decode(block)[2:] == [(b"a", value)]  # type: ignore[index]
+    assert subject.decode(b"\xbe\x83" + literal([(b"x", b"6")])) == [(b"a", b"5"), (b":method", b"POST"), (b"x", b"6")]
+    long = literal([(b"x", b"y" * 110)])
+    assert subject.decode(b"\xbe\x83" + long) is not None  # 34 + 43 + 143 bytes
+    assert subject.decode(b"\xbe\x83\x83" + long) is None
+    with pytest.raises(ConnectionFault):
+        subject.decode(b"\xbe\x83" + b"\x20")  # a size update after fields
+
+
 def test_a_list_over_the_limit_keeps_the_table_right() -> None:
     subject = decoder(list_bytes=100)
     block = literal([(b"x", b"y" * 80)]) + bytes.fromhex("40016101" + "62")
