@@ -106,7 +106,7 @@ class Config:
     def cache_path(self) -> Path:
         if self.cache_dir:
             return Path(self.cache_dir).absolute()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "densemesh"
+        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")).absolute() / "densemesh"
 
     @property
     def cache_bytes(self) -> int | None:

@@ -89,7 +89,10 @@ class Cache:
 
     def used_bytes(self) -> int:
         """Of all entries, those being fetched included."""
-        return sum(_size_in(path) for path in self.root.glob("*.lock"))
+        return sum(map(_size_in, self._locks()))
+
+    def _locks(self) -> list[Path]:
+        return [path for path in self.root.glob("*.lock") if _is_digest(path.stem)]
 
     def _fill(self, digest: str, lock: int, size_bytes: int, fill: Callable[[Path, Room], None]) -> None:
         partial = self.root / f"{digest}.partial"
@@ -116,7 +119,7 @@ class Cache:
         with self._counting():
             mine = os.fstat(lock).st_ino
             others: list[tuple[int, Path]] = []
-            for path in self.root.glob("*.lock"):
+            for path in self._locks():
                 with suppress(FileNotFoundError):  # of a fetch that failed meanwhile
                     status = path.stat()
                     if status.st_ino != mine:

@@ -52,7 +52,8 @@ def find(store: Store, key: str) -> list[Entry]:
     if not found and denied is not None:
         raise denied
     if not found and entry is None:
-        raise LoaderError(f"{store.identity}/{key}: there is no such object, nor any under {key}/", retryable=True)
+        told = f"/{key}: there is no such object, nor any under {key}/" if key else ": there is nothing there"
+        raise LoaderError(f"{store.identity}{told}", retryable=True)
     return sorted(found, key=lambda each: each.name) or [entry for entry in (entry,) if entry]
 
 

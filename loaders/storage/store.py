@@ -45,6 +45,8 @@ class Objects:
     def stat(self, key: str) -> Entry | None:
         import obstore
 
+        if not key:
+            return None
         try:
             with self._explained(key):
                 meta = obstore.head(self._store, key)
@@ -103,6 +105,29 @@ class Objects:
             raise LoaderError(f"{self._named(key)}: no key of an object: {_first_line(error)}") from None
         except (BaseError, OSError) as error:
             raise _told(self._named(key), error) from None
+
+
+class WebFile(Objects):
+    """One file on the web, under the empty key. Signed URLs often allow GET and nothing else."""
+
+    def stat(self, key: str) -> Entry | None:
+        import obstore
+
+        try:
+            try:
+                with self._explained(key):
+                    meta = obstore.head(self._store, key)
+            except LoaderError as error:
+                if error.retryable:
+                    raise
+                with self._explained(key):
+                    meta = obstore.get(self._store, key).meta  # its body is not read
+        except FileNotFoundError:
+            return None
+        return Entry(key, "", meta["size"], _version(meta))
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        return iter(())
 
 
 @contextmanager
@@ -213,13 +238,13 @@ def open_az(container: str, settings: Mapping[str, Any]) -> Objects:
     return Objects(f"az://{account}/{container}", store, etag_is_md5=False)
 
 
-def open_http(url: str, settings: Mapping[str, Any]) -> Objects:
-    """One file on the web; its key is empty. A query, which may be a signature, is sent and not told."""
+def open_http(url: str, settings: Mapping[str, Any]) -> WebFile:
+    """A query, which may be a signature, is sent and not told."""
     HTTPStore = _package().HTTPStore
     shown = _shown(url)
     with _opening(shown):
         store = HTTPStore(url, client_options=_client(settings, url), retry_config=_retry())
-    return Objects(shown, store, etag_is_md5=False)
+    return WebFile(shown, store, etag_is_md5=False)
 
 
 def _package() -> Any:

@@ -30,7 +30,7 @@ class ObjectServer(ThreadingHTTPServer):
         self.faults: Counter[str] = Counter()
         """How many more GETs of objects go wrong that way: `500`, `reset`, `stall`, `short`."""
         self.denied = False
-        self.ranges = True
+        self.ranges = self.heads = True
         self.seen: list[tuple[str, str, str]] = []
         """(method, path, Range) of each request."""
         self.released = threading.Event()
@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
         bucket, _, key = unquote(url.path)[1:].partition("/")
         if bucket != "b":
             self._error(404, "NoSuchBucket", "The specified bucket does not exist")
-        elif self.server.denied:
+        elif self.server.denied or (self.command == "HEAD" and not self.server.heads):
             self._error(403, "AccessDenied", "Access Denied.")
         elif not key:
             self._list(parse_qs(url.query).get("prefix", [""])[0])

@@ -149,6 +149,26 @@ def test_a_web_file_with_and_without_ranges(server: ObjectServer, storage: Stora
     held.close()
 
 
+def test_a_signed_url_that_allows_only_get(server: ObjectServer, storage: Storage) -> None:
+    server.heads = False
+    held = hold(storage, f"{server.url}/b/m/model.onnx?X-Amz-Signature=hidden", "")
+    assert Path(held.path).read_bytes() == BIG
+    held.close()
+    server.denied = True
+    error = refusal(storage, f"{server.url}/b/m/model.onnx?X-Amz-Signature=hidden", "")
+    assert "access is denied (AccessDenied: Access Denied.)" in str(error)
+    assert "hidden" not in str(error)
+    server.denied = False
+    assert "there is nothing there" in str(refusal(storage, f"{server.url}/b/absent.onnx", ""))
+
+
+def test_a_whole_bucket_and_a_key_that_may_be_listed_but_not_asked_for(server: ObjectServer, storage: Storage) -> None:
+    server.heads = False
+    held = hold(storage, "s3://b")
+    assert sorted(path.name for path in Path(held.path).iterdir()) == ["m", "one.onnx"]
+    held.close()
+
+
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.tgz"])
 def test_archives_are_unpacked(server: ObjectServer, storage: Storage, name: str) -> None:
     files = {"top/model.onnx": BIG, "top/x/y": b"y"}
