@@ -1,8 +1,8 @@
 """Does the simulator tell what a mesh would do? `python -m bench.live [--seeds 1,2,3]`
 
-The same requests, at the same times and to the same pods, for the same synthetic models (sizes from 100 KB to 16 GB that
-are booked and not taken; loads and runs that take their time and nothing else) go to three real pods on a real etcd, and
-to three pods of the simulator. Compared are what placement decides: loads, evictions, requests that waited for a load.
+The same requests at the same times, for the same synthetic models (sizes from 100 KB to 16 GB that are booked and not
+taken; loads and runs that take their time and nothing else) go to three real pods on a real etcd, and to three pods of
+the simulator. Compared is what placement decides: loads, evictions, requests that waited for a load.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Final
 from rich.console import Console
 
 from bench.rig import INFER, Mesh, infer_message
+from mesh.config import Config
 from mesh.errors import MeshError
 from mesh.h2_client import H2Client
 from mesh.local_cluster import ClusterError, get_state
 from mesh.local_etcd import LocalEtcdError
+from placement.policies import POLICIES
 from placement.simulator.options import Options
 from placement.simulator.scenario import Hardware, Workload, mixed_models, zipf
 from placement.simulator.world import World
@@ -132,12 +134,10 @@ async def main_of(asked: argparse.Namespace, console: Console) -> list[dict[str,
         workload = zipf(models, asked.rate, asked.seconds * 1e3, exponent=1.2, seed=seed)
         largest = max(model.size_bytes for model in workload.models)
         capacity_bytes = max(largest, int(workload.size_bytes * asked.share / PODS))
-        duration_ms = int(asked.seconds * 1e3)
         with console.status(f"seed {seed}: {asked.seconds:.0f} s of requests to real pods"):
             real = await live(capacity_bytes, asked.policy, seed, workload)
-        there = await asyncio.to_thread(
-            simulated, options_of(capacity_bytes, asked.policy, seed, duration_ms), workload
-        )
+        options = options_of(capacity_bytes, asked.policy, seed, int(asked.seconds * 1e3))
+        there = await asyncio.to_thread(simulated, options, workload)
         for name, found in (("real", real), ("simulated", there)):
             cells = [getattr(found, figure) for figure in FIGURES]
             console.print(f"| {seed} | {name} | " + " | ".join(f"{cell:,.5g}" for cell in cells) + " |")
@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=25.0, help="requests per second")
     parser.add_argument("--seconds", type=float, default=40.0, help="of requests")
     parser.add_argument("--share", type=float, default=0.25, help="of all models' bytes that the pods hold together")
-    parser.add_argument("--policy", default="lru")
+    parser.add_argument("--policy", choices=sorted(POLICIES), default=Config().policy)
     parser.add_argument("--json", type=Path, help="write the ratios here too")
     asked = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)

@@ -135,7 +135,9 @@ class World:
         if self.open:
             raise Violation("every request ends", f"{self.open} requests are open")
         self.checks.at_rest(self)
-        report, self.report = self.report, Report()  # what the probes load is no part of it
+        for pod in self.pods.values():
+            self.tally(pod)
+        report, self.report = self.report, Report()  # what the probes cause is no part of it
         models, probes = list(self.registry.head.models), max(10, _PROBES // self.options.check_every)
         for model_id in models[:: max(1, len(models) // probes)]:
             self._probe(model_id)
@@ -185,8 +187,6 @@ class World:
 
     def _reported(self) -> Report:
         report = self.report
-        for pod in self.pods.values():
-            self.tally(pod)
         report.events = self.clock.calls
         report.checks = self.checks.count
         report.digest = self.trace.digest if self.trace else blake2b(repr(report).encode(), digest_size=16).hexdigest()
