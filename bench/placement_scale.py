@@ -184,7 +184,7 @@ def plot(rows: list[Figures], path: Path) -> None:
     memory.axhline(GOALS["memory_bytes"], linestyle=":", color="tab:gray")
     times.set(xscale="log", yscale="log", xlabel="registered models", ylabel="microseconds, median", title="deciding")
     memory.set(xscale="log", ylim=0, xlabel="registered models", ylabel="bytes per model", title="a pod's view")
-    times.legend()
+    times.legend(ncols=5, loc="center", bbox_to_anchor=(0.5, 0.36), frameon=False, columnspacing=1, handlelength=1)
     figure.savefig(path)
 
 
