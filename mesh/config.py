@@ -189,7 +189,7 @@ class Config:
         if self.models and not Path(self.models).is_dir():
             return f"--models: {self.models!r} is not a directory"
         if self.storage_config and not Path(self.storage_config).exists():
-            return f"--storage-config: {self.storage_config!r} does not exist"
+            return f"--storage-config: expected a directory or a file, found {self.storage_config!r}"
         if len(os.fsencode(self.uds)) > _MAX_PATH_BYTES:
             return f"--uds: expected a path of at most {_MAX_PATH_BYTES} bytes, found {self.uds!r}"
         try:

@@ -112,7 +112,7 @@ def _reading(
 ) -> Callable[[], None]:
     def read() -> None:
         if halted():
-            raise LoaderError("the pod is stopping", retryable=True)
+            raise Halted("the pod is stopping", retryable=True)
         data = store.read(entry, start, end)
         if len(data) != end - start:
             raise LoaderError(f"{entry.key}: {len(data)} bytes came, {end - start} were asked for", retryable=True)
@@ -125,7 +125,7 @@ def _stream(store: Store, entry: Entry, file: int, halted: Callable[[], bool]) -
     position = 0
     for data in store.stream(entry):
         if halted():
-            raise LoaderError("the pod is stopping", retryable=True)
+            raise Halted("the pod is stopping", retryable=True)
         position += len(data)
         if position > entry.size_bytes:
             break
@@ -146,7 +146,7 @@ def _retried(work: Callable[[], T], stopped: threading.Event) -> T:
         try:
             return work()
         except LoaderError as error:
-            if not error.retryable or isinstance(error, DiskError) or stopped.wait(_PAUSE_S * 2**attempt):
+            if not error.retryable or isinstance(error, Halted | DiskError) or stopped.wait(_PAUSE_S * 2**attempt):
                 raise
     return work()
 
@@ -172,6 +172,10 @@ def _md5(file: int) -> str:
         digest.update(chunk)
         position += len(chunk)
     return digest.hexdigest()
+
+
+class Halted(LoaderError):
+    """Another part has failed, or the pod stops."""
 
 
 class DiskError(LoaderError):

@@ -84,6 +84,8 @@ def test_right_values(good: dict[str, Any]) -> None:
     "wrong",
     [
         {"capacity": "0"},
+        {"cache_size": "much"},
+        {"storage_config": "/nowhere/at/all"},
         {"max_message": "2GiB"},
         {"max_message": "much"},
         {"grpc_port": -1},
