@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -222,6 +223,11 @@ def test_denied_in_the_stores_own_words(server: ObjectServer, storage: Storage) 
     error = refusal(storage, "s3://b/m")
     assert "access is denied (AccessDenied: Access Denied.)" in str(error)
     assert not error.retryable
+
+
+def test_a_package_that_is_not_installed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    assert "pip install 'densemesh[storage]'" in str(refusal(storage, "s3://b/m"))
 
 
 def test_missing_credentials(server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
