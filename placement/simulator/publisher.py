@@ -44,6 +44,11 @@ class Publisher:
         record = self._wanted.get(copy_key(self._pod.pod_id, model_id))
         return record if isinstance(record, CopyRecord) else None
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether something is not written yet."""
+        return self._writing or bool(self._dirty)
+
     def connect(self, _: object = None) -> None:
         if not self._pod.alive or self._closed:
             return

@@ -153,7 +153,9 @@ class World:
         """Wait until nothing has been under way for a while; the leader may load ahead for some time."""
         quiet = 0
         for _ in range(1_000):
-            busy = self.open or any(pod.engine.cache.count(*_UNDER_WAY) for pod in self.pods.values())
+            busy = self.open or any(
+                pod.engine.cache.count(*_UNDER_WAY) or pod.publisher.is_behind for pod in self.pods.values()
+            )
             quiet = 0 if busy else quiet + 1
             if quiet == 3:
                 return
