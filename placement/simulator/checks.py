@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from placement.cache import Copy
 from placement.holdings import HoldState
 from placement.lifecycle import CopyState
-from placement.messages import Action, CopyUnwanted, Event, StartLoad, StartUnload, Tick, Unpublish
+from placement.messages import Action, CopyUnwanted, Event, Publish, StartLoad, StartUnload, Tick, Unpublish
 from placement.records import CopyStatus, ModelId, PodId, Tier
 
 if TYPE_CHECKING:
@@ -78,12 +79,35 @@ def kept(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
     """A pinned copy goes when it is told to, and when another holder makes it one too many; never for room."""
     if isinstance(event, CopyUnwanted | Tick):
         return ""
+    for copy in _evicted(pod, actions):
+        if copy.model.pinned:
+            return f"{copy!r} is evicted"
+    return ""
+
+
+def _evicted(pod: SimPod, actions: Sequence[Action]) -> Iterator[Copy]:
+    """Copies that are unloaded and were given up in this very step, though their models are what they were."""
+    told = {action.model_id for action in actions if isinstance(action, Unpublish)}
+    told |= {action.copy.model_id for action in actions if isinstance(action, Publish)}
     for action in actions:
-        if isinstance(action, StartUnload):
+        if isinstance(action, StartUnload) and action.model_id in told:
             copy, model = pod.engine.cache.copies[action.model_id], pod.view.models.get(action.model_id)
-            is_current = model is not None and model.created == copy.model.created
-            if is_current and copy.model.pinned and copy.since_ms == pod.now_ms and not (copy.error or copy.doomed):
-                return f"{copy!r} is evicted"
+            if model is not None and model.created == copy.model.created and not (copy.error or copy.doomed):
+                yield copy
+
+
+def guaranteed(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
+    """Others' loads do not bring a tenant below its floor."""
+    if isinstance(event, CopyUnwanted | Tick) or not pod.view.tenants:
+        return ""
+    cache, tenants = pod.engine.cache, pod.engine.copies.tenants
+    for copy in _evicted(pod, actions):
+        others = (other for other in cache.copies.values() if other.tenant == copy.tenant and other is not copy)
+        if any(other.since_ms == pod.now_ms and other.state in _COMING for other in others):
+            continue  # for the tenant itself
+        left_bytes, floor_bytes = cache.tenant_bytes.get(copy.tenant, 0), tenants.floor_bytes(copy.tenant)
+        if left_bytes < floor_bytes:
+            return f"{copy!r} leaves tenant {copy.tenant} {left_bytes} bytes of {floor_bytes}"
     return ""
 
 
@@ -92,6 +116,7 @@ def slots(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
     return f"{len(pod.loader.loading)} loads at once" if len(pod.loader.loading) > limits.load_slots else ""
 
 
+_COMING: Final = frozenset({CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED})
 StepCheck = Callable[["SimPod", Event | None, Sequence[Action]], str]
 AFTER_EVENT: Final[dict[str, StepCheck]] = {
     "capacity is never exceeded": capacity,
@@ -99,6 +124,7 @@ AFTER_EVENT: Final[dict[str, StepCheck]] = {
     "no copy is evicted while in use": in_use,
     "no more loads than slots": slots,
     "what is pinned does not go for room": kept,
+    "others leave a tenant what it is guaranteed": guaranteed,
 }
 
 
@@ -159,12 +185,22 @@ def told(pod: SimPod) -> str:
     return ""
 
 
+def tenant_loads(pod: SimPod) -> str:
+    """A tenant has no more loads under way than it may."""
+    for tenant, loads in pod.engine.cache.tenant_loads.items():
+        most = pod.engine.copies.tenants.record(tenant).max_loads
+        if most and loads > most and pod.view.tenants:
+            return f"tenant {tenant} loads {loads} models at once, and may {most}"
+    return ""
+
+
 PodCheck = Callable[["SimPod"], str]
 OF_POD: Final[dict[str, PodCheck]] = {
     "books equal sums": books,
     "the engine knows what is in memory": shell,
     "the engine knows what lies below the device": lower,
     "what is published is what is there": told,
+    "no more loads of a tenant than it may have": tenant_loads,
 }
 
 
@@ -254,7 +290,10 @@ def registered(world: World) -> str:
 
 
 def min_copies(world: World) -> str:
-    """Copies that are to be kept are, where a pod has room beside what else is to be kept."""
+    """Copies that are to be kept are, where a pod has room beside what else is to be kept, and no tenant's limit or
+    guarantee stands against it."""
+    if world.workload.grants:
+        return ""
     head = world.registry.head
     kept_bytes = Counter[PodId]()
     for pod in world.pods.values():
@@ -272,12 +311,29 @@ def min_copies(world: World) -> str:
     return ""
 
 
+def limits(world: World) -> str:
+    """A tenant has no more than it may have, but for what is to be kept."""
+    for grant in world.workload.grants:
+        copies = [
+            copy
+            for pod in world.pods.values()
+            for copy in pod.engine.cache.in_state(CopyState.LOADED)
+            if copy.tenant == grant.tenant_id
+        ]
+        used_bytes = sum(copy.size_bytes for copy in copies)
+        free = [copy for copy in copies if not (copy.model.pinned or copy.model.min_copies)]
+        if grant.max_bytes and used_bytes > grant.max_bytes and len(free) == len(copies):
+            return f"tenant {grant.tenant_id} has {used_bytes} bytes of {grant.max_bytes}"
+    return ""
+
+
 WorldCheck = Callable[["World"], str]
 AT_REST: Final[dict[str, WorldCheck]] = {
     "all work ends": nothing_under_way,
     "views converge": one_view,
     "no copy outlives its registration": registered,
     "min_copies are kept": min_copies,
+    "no tenant is above its limit": limits,
 }
 
 

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from placement.limits import HostMode
+from placement.records import TenantRecord
 from placement.simulator.options import Faults, Options
 from placement.simulator.scenario import SimModel, Workload, zipf
 
@@ -51,8 +52,23 @@ class Clients:
                 else:
                     left_bytes -= model.size_bytes
             placed.append(replace(model, placement=settings))
-        models = placed
-        return zipf(models, self.requests_per_s, options.duration_ms, exponent=self.zipf, seed=options.seed)
+        workload = zipf(placed, self.requests_per_s, options.duration_ms, exponent=self.zipf, seed=options.seed)
+        granting = Random(f"grants {options.seed}")
+        grants = [_grant(f"t{number}", options, granting) for number in range(self.tenants)]
+        return replace(workload, grants=grants)
+
+
+def _grant(tenant: str, options: Options, rng: Random) -> TenantRecord:
+    """Often nothing; guarantees of three tenants fit into the mesh."""
+    mesh_bytes = options.pods * options.capacity_bytes
+    guaranteed_bytes = rng.choice([0, 0, mesh_bytes // 4])
+    return TenantRecord(
+        tenant,
+        guaranteed_bytes=guaranteed_bytes,
+        max_bytes=rng.choice([0, 0, max(guaranteed_bytes, mesh_bytes // 2)]),
+        weight=rng.choice([1, 1, 3]),
+        max_loads=rng.choice([0, 0, 1]),
+    )
 
 
 def _placement(rng: Random) -> dict[str, Any]:

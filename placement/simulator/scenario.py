@@ -16,6 +16,8 @@ from math import cos, exp, inf, log, pi
 from random import Random
 from typing import Any, Final
 
+from placement.records import TenantRecord
+
 Arrivals = Iterator[tuple[float, int]]
 
 HOUR_MS: Final = 3_600_000.0
@@ -43,6 +45,7 @@ class Workload:
     name: str
     models: Sequence[SimModel]
     arrivals: Callable[[], Arrivals]
+    grants: Sequence[TenantRecord] = ()
 
     @property
     def size_bytes(self) -> int:

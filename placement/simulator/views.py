@@ -61,7 +61,7 @@ class Past:
         self.known: dict[ModelId, list[tuple[int, tuple[int, int] | None]]] = {}
         """Registration and size."""
         self.unloaded: dict[ModelId, list[tuple[int, tuple[PodId, int] | None]]] = {}
-        self.tenant_bytes: dict[TenantId, list[tuple[int, dict[PodId, int]]]] = {}
+        self.tenant_bytes: dict[TenantId, list[tuple[int, Mapping[PodId, int]]]] = {}
         self.tenant_models: dict[TenantId, list[tuple[int, int]]] = {}
         self._order: deque[tuple[int, dict[ModelId, list[Any]], ModelId]] = deque()
 
@@ -82,7 +82,7 @@ class Past:
         for model in {head.models.get(model_id), change.record}:
             if isinstance(model, ModelRecord) and model.tenant:
                 tenant = model.tenant
-                self._keep(self.tenant_bytes, tenant, revision, dict(head._tenant_bytes.get(tenant, {})))
+                self._keep(self.tenant_bytes, tenant, revision, dict(head.tenant_pods(tenant)))
                 self._keep(self.tenant_models, tenant, revision, head.tenant_models(tenant))
 
     def forget(self, revision: int) -> None:
@@ -190,11 +190,11 @@ class LaggedView(ClusterView):
         return self._at(self._past.unloaded.get(model_id), self._head.unloaded(model_id))
 
     def tenant_bytes(self, tenant: TenantId, *, without: PodId) -> int:
-        pods = self._bytes_of(tenant)
+        pods = self.tenant_pods(tenant)
         return sum(pods.values()) - pods.get(without, 0)
 
-    def tenant_bytes_on(self, tenant: TenantId, pod_id: PodId) -> int:
-        return self._bytes_of(tenant).get(pod_id, 0)
+    def tenant_pods(self, tenant: TenantId) -> Mapping[PodId, int]:
+        return self._at(self._past.tenant_bytes.get(tenant), self._head.tenant_pods(tenant))
 
     def tenant_models(self, tenant: TenantId) -> int:
         return self._at(self._past.tenant_models.get(tenant), self._head.tenant_models(tenant))
@@ -226,9 +226,6 @@ class LaggedView(ClusterView):
         self.ahead.pop(model_id, None)
         self._forget_size(model_id)
         return model_id
-
-    def _bytes_of(self, tenant: TenantId) -> Mapping[PodId, int]:
-        return self._at(self._past.tenant_bytes.get(tenant), self._head._tenant_bytes.get(tenant, {}))
 
     def _known(self, model_id: ModelId) -> tuple[int, int] | None:
         return self._at(self._past.known.get(model_id), self._head._sizes.get(model_id))

@@ -11,7 +11,7 @@ from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import CopyWanted, Hop, StartLoad
 from placement.policies import POLICIES
 from placement.policies.base import EvictionPolicy
-from placement.records import ModelId, ModelRecord, PodId, model_key
+from placement.records import ModelId, ModelRecord, PodId, model_key, tenant_key
 from placement.simulator.chaos import Chaos
 from placement.simulator.checks import Checks, Violation
 from placement.simulator.clock import TICKS_PER_MS, Clock, Tick, ticks
@@ -94,6 +94,8 @@ class World:
         options = self.options
         for number, model in enumerate(self.workload.models, 1):
             self.registry.put(model_key(model.model_id), self.registration(model.model_id, number))
+        for grant in self.workload.grants:
+            self.registry.put(tenant_key(grant.tenant_id), grant)
         for number in range(options.pods):
             pod = SimPod(self, number, 1)
             self.pods[pod.pod_id] = pod
@@ -180,6 +182,8 @@ class World:
             expected.add(Outcome.NO_ROOM)  # a pod that cannot make any; so are all that can be reached
             if self.options.faults.lost_messages:
                 expected.add(Outcome.POD_UNAVAILABLE)
+        if self.workload.grants:
+            expected.add(Outcome.NO_ROOM)  # a limit, or others' guarantees
         if not expected.issuperset(answers):
             said = f"of {size_bytes} bytes, estimated {estimate_bytes}, answered {answers[0].value!r}"
             raise Violation("no model is lost", said, pod, model_id)

@@ -15,14 +15,17 @@ from mesh import router
 from placement.cache import Cache, Copy
 from placement.lifecycle import CopyState, Move
 from placement.messages import Wake
+from placement.records import TenantRecord
 from placement.simulator import __main__ as simulator
 from placement.simulator import checks, pods, requests
+from placement.simulator.checks import Violation
 from placement.simulator.drawn import Clients, draw
 from placement.simulator.options import Faults, Options
 from placement.simulator.pods import SimPod
 from placement.simulator.report import Report
 from placement.simulator.views import OwnView
 from placement.simulator.world import World
+from placement.tenants import Shares, Tenants
 from placement.view import ClusterView
 from tests.sim import broken
 
@@ -136,3 +139,39 @@ def test_a_planted_bug_is_found_and_named(
 def test_no_invariant_breaks(seed: int) -> None:
     """A few of the worlds of `make sim`, which are a thousand; the drawn seeds are in the tests' names."""
     assert not broken(seed)
+
+
+def of_tenants() -> World:
+    """Three tenants whose grants are short."""
+    options = Options(seed=3, pods=2, capacity_bytes=1 << 20, duration_ms=20_000, load_slots=4)
+    workload = Clients(models=40, requests_per_s=40.0, load_ms=200.0, fill=0.2, tenants=3).workload(options)
+    mesh_bytes = options.pods * options.capacity_bytes
+    grants = [
+        TenantRecord("t0", guaranteed_bytes=mesh_bytes // 2),
+        TenantRecord("t1", max_bytes=mesh_bytes // 8, weight=5),
+        TenantRecord("t2", max_loads=1, weight=5),
+    ]
+    return World(options, replace(workload, grants=grants))
+
+
+def test_tenants_get_what_they_are_granted() -> None:
+    report = of_tenants().run()
+    assert report.evictions > 0
+    assert report.outcomes["ok"] > 0.9 * report.requests
+
+
+@pytest.mark.parametrize(
+    ("invariant", "broken_rule", "answer"),
+    [
+        ("others leave a tenant what it is guaranteed", (Shares, "floor_bytes"), 0),
+        ("no tenant is above its limit", (Tenants, "above_limit_bytes"), 0),
+        ("no more loads of a tenant than it may have", (Tenants, "may_start"), True),
+    ],
+)
+def test_tenants_rules_are_checked(
+    invariant: str, broken_rule: tuple[type, str], answer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule that is not kept is named by its check."""
+    monkeypatch.setattr(*broken_rule, lambda *_: answer)
+    with pytest.raises(Violation, match=invariant):
+        of_tenants().run()
