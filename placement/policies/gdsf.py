@@ -9,11 +9,10 @@ k / (k - h + 1) of the optimum's. Touch O(1), eviction O(log n) amortised.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 
 from placement.policies.base import Worth
-from placement.policies.ordered import Ordered
+from placement.policies.ordered import OrderedPolicy
 from placement.records import ModelId
 
 
@@ -24,10 +23,10 @@ class _Entry:
     used_ms: int
 
 
-class Gdsf:
+class Gdsf(OrderedPolicy[float]):
     def __init__(self) -> None:
+        super().__init__()
         self.clock = 0.0
-        self._order = Ordered[float]()
         self._entries: dict[ModelId, _Entry] = {}
 
     def insert(self, model_id: ModelId, worth: Worth, used_ms: int, uses: int = 1) -> None:
@@ -52,15 +51,11 @@ class Gdsf:
         self.remove(model_id)
 
     def remove(self, model_id: ModelId) -> None:
-        self._order.discard(model_id)
+        super().remove(model_id)
         self._entries.pop(model_id, None)
 
-    def coldest(self, now_ms: int) -> Generator[ModelId, None, None]:
-        return self._order.ascending()
-
-    def oldest_used_ms(self) -> int:
-        first = self._order.first()
-        return 0 if first is None else self._entries[first].used_ms
+    def _last_used_ms(self, model_id: ModelId) -> int:
+        return self._entries[model_id].used_ms
 
 
 def _cost_per_byte(worth: Worth) -> float:

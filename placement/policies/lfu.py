@@ -6,26 +6,21 @@ yardstick, not a recommendation. Touch O(1), eviction O(log n) amortised.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 from placement.policies.base import Worth
 from placement.policies.ghosts import Ghosts
-from placement.policies.ordered import Ordered
+from placement.policies.ordered import OrderedPolicy
 from placement.records import ModelId
 
 
-class Lfu:
+class Lfu(OrderedPolicy[tuple[int, int]]):
     def __init__(self) -> None:
-        self._order = Ordered[tuple[int, int]]()
+        super().__init__()
         self._uses = self._order.keys
         """(number of uses, the last one's ms)."""
         self._ghosts = Ghosts[int]()
 
     def insert(self, model_id: ModelId, worth: Worth, used_ms: int, uses: int = 1) -> None:
         self._order.put(model_id, ((self._ghosts.pop(model_id) or 0) + uses, used_ms))
-
-    def revalue(self, model_id: ModelId, worth: Worth) -> None:
-        pass
 
     def touch(self, model_id: ModelId, now_ms: int) -> None:
         uses, last_ms = self._uses[model_id]
@@ -36,12 +31,5 @@ class Lfu:
         self._ghosts.put(model_id, self._uses[model_id][0], len(self._uses))
         self.remove(model_id)
 
-    def remove(self, model_id: ModelId) -> None:
-        self._order.discard(model_id)
-
-    def coldest(self, now_ms: int) -> Generator[ModelId, None, None]:
-        return self._order.ascending()
-
-    def oldest_used_ms(self) -> int:
-        first = self._order.first()
-        return 0 if first is None else self._uses[first][1]
+    def _last_used_ms(self, model_id: ModelId) -> int:
+        return self._uses[model_id][1]

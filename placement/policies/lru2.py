@@ -8,20 +8,19 @@ When a copy goes, its last use is remembered (the Retained Information). Touch O
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Final
 
 from placement.policies.base import Worth
 from placement.policies.ghosts import Ghosts
-from placement.policies.ordered import Ordered
+from placement.policies.ordered import OrderedPolicy
 from placement.records import ModelId
 
 CORRELATED_MS: Final = 1_000
 
 
-class Lru2:
+class Lru2(OrderedPolicy[tuple[int, int]]):
     def __init__(self) -> None:
-        self._order = Ordered[tuple[int, int]]()
+        super().__init__()
         self._uses = self._order.keys
         """(the use before the last, 0: there was none; the last use), ms; of uses that count."""
         self._ghosts = Ghosts[int]()
@@ -29,9 +28,6 @@ class Lru2:
     def insert(self, model_id: ModelId, worth: Worth, used_ms: int, uses: int = 1) -> None:
         before_ms = self._ghosts.pop(model_id) or 0
         self._order.put(model_id, (before_ms if before_ms + CORRELATED_MS <= used_ms else 0, used_ms))
-
-    def revalue(self, model_id: ModelId, worth: Worth) -> None:
-        pass
 
     def touch(self, model_id: ModelId, now_ms: int) -> None:
         last_ms = self._uses[model_id][1]
@@ -42,12 +38,5 @@ class Lru2:
         self._ghosts.put(model_id, self._uses[model_id][1], len(self._uses))
         self.remove(model_id)
 
-    def remove(self, model_id: ModelId) -> None:
-        self._order.discard(model_id)
-
-    def coldest(self, now_ms: int) -> Generator[ModelId, None, None]:
-        return self._order.ascending()
-
-    def oldest_used_ms(self) -> int:
-        first = self._order.first()
-        return 0 if first is None else self._uses[first][1]
+    def _last_used_ms(self, model_id: ModelId) -> int:
+        return self._uses[model_id][1]

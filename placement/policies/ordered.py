@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Generator
 from typing import Any, Final, Generic, TypeVar
 
+from placement.policies.base import Worth
 from placement.records import ModelId
 
 K = TypeVar("K", bound=Any)
@@ -65,3 +66,30 @@ class Ordered(Generic[K]):
             else:
                 return True
         return False
+
+
+class OrderedPolicy(Generic[K]):
+    """An `EvictionPolicy` that gives up the copy with the smallest key; worth and evictions teach it nothing unless it
+    says otherwise."""
+
+    def __init__(self) -> None:
+        self._order = Ordered[K]()
+
+    def revalue(self, model_id: ModelId, worth: Worth) -> None:
+        pass
+
+    def evict(self, model_id: ModelId) -> None:
+        self.remove(model_id)
+
+    def remove(self, model_id: ModelId) -> None:
+        self._order.discard(model_id)
+
+    def coldest(self, now_ms: int) -> Generator[ModelId, None, None]:
+        return self._order.ascending()
+
+    def oldest_used_ms(self) -> int:
+        first = self._order.first()
+        return 0 if first is None else self._last_used_ms(first)
+
+    def _last_used_ms(self, model_id: ModelId) -> int:
+        raise NotImplementedError

@@ -238,6 +238,23 @@ class Pod:
         self.check()
 
 
+def pod_with(capacity_bytes: int = 10, **tiers: Any) -> Pod:
+    pod = Pod(capacity_bytes, **tiers)
+    pod.register(*"abcdef")
+    return pod
+
+
+def demoted(pod: Pod, model_id: str, size_bytes: int) -> None:
+    """Have a model loaded and given up."""
+    pod.load(model_id, size_bytes)
+    pod.give_up(model_id)
+
+
+def where(pod: Pod, model_id: str) -> list[Tier]:
+    """The lower tiers in which the model lies."""
+    return [tier for tier, held in pod.below.held.items() if model_id in held]
+
+
 def model_record(model_id: ModelId, created: int = 1, **members: Any) -> ModelRecord:
     path = f"/models/{model_id}/{created}"
     return ModelRecord(model_id, "synthetic", path, revision=created, created=created, **members)

@@ -26,26 +26,9 @@ from placement.messages import (
     Unpublish,
 )
 from placement.records import CopyRecord, CopyStatus, Tier
-from tests.placement.pods import START_MS, Pod, model_record
+from tests.placement.pods import START_MS, demoted, model_record, pod_with, where
 
 DEVICE, HOST, DISK = Tier
-
-
-def pod_with(capacity_bytes: int = 10, **tiers: Any) -> Pod:
-    pod = Pod(capacity_bytes, **tiers)
-    pod.register(*"abcdef")
-    return pod
-
-
-def demoted(pod: Pod, model_id: str, size_bytes: int) -> None:
-    """Have a model loaded and given up."""
-    pod.load(model_id, size_bytes)
-    pod.give_up(model_id)
-
-
-def where(pod: Pod, model_id: str) -> list[Tier]:
-    """The lower tiers in which the model lies."""
-    return [tier for tier, held in pod.below.held.items() if model_id in held]
 
 
 # What is there

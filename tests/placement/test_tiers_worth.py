@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from placement.lifecycle import CopyState
@@ -17,26 +15,9 @@ from placement.moves import MAX_GUARD_MS
 from placement.policies.base import Worth
 from placement.policies.lru import Lru
 from placement.records import Priority, Tier
-from tests.placement.pods import START_MS, Pod, route
+from tests.placement.pods import START_MS, demoted, pod_with, route
 
 DEVICE, HOST, DISK = Tier
-
-
-def pod_with(capacity_bytes: int = 10, **tiers: Any) -> Pod:
-    pod = Pod(capacity_bytes, **tiers)
-    pod.register(*"abcdef")
-    return pod
-
-
-def demoted(pod: Pod, model_id: str, size_bytes: int) -> None:
-    """Have a model loaded and given up."""
-    pod.load(model_id, size_bytes)
-    pod.give_up(model_id)
-
-
-def where(pod: Pod, model_id: str) -> list[Tier]:
-    """The lower tiers in which the model lies."""
-    return [tier for tier, held in pod.below.held.items() if model_id in held]
 
 
 # What policies are told
