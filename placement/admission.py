@@ -142,11 +142,13 @@ class Admission:
 
     def _make_room(self, copy: Copy, more_bytes: int, now_ms: int, actions: list[Action]) -> bool:
         """Evict until `more_bytes` can be promised to a copy; False: pins, loads and other tenants' guarantees hold too
-        much."""
+        much. What takes no more needs no room, also if its tenant is above its limit by now."""
+        if more_bytes <= 0:
+            return True
         tenant = copy.tenant
         used_bytes = self._cache.tenant_bytes
         need_bytes = more_bytes - (self._limits.capacity_bytes - self._cache.committed_bytes)
-        own_bytes = self._tenants.above_limit_bytes(tenant, used_bytes.get(tenant, 0), max(0, more_bytes))
+        own_bytes = self._tenants.above_limit_bytes(tenant, used_bytes.get(tenant, 0), more_bytes)
         if need_bytes <= 0 and own_bytes <= 0:
             return True
         with closing(self._cache.evictable_for(copy, now_ms)) as evictable:
