@@ -134,54 +134,41 @@ def choose(
     2. Of tenants above their share, as long as they are above it.
     3. Of anybody, down to their floors; the asking tenant has none against itself.
     """
-    if own_bytes <= 0 and used_bytes.keys() <= {asking}:  # the usual case needs no more than a few
-        chosen: list[C] = []
-        for copy in coldest:
-            chosen.append(copy)
-            need_bytes -= copy.size_bytes
-            if need_bytes <= 0:
-                return chosen
-        return None
+    if own_bytes <= 0 and used_bytes.keys() <= {asking}:
+        return _first(coldest, need_bytes)
     order = list(coldest)
     left = dict(used_bytes)
     left[asking] = left.get(asking, 0) + need_bytes
     taken: dict[int, C] = {}
 
-    def take(among: Iterable[tuple[int, C]]) -> None:
-        nonlocal need_bytes, own_bytes
-        for at, copy in among:
-            taken[at] = copy
-            left[copy.tenant] -= copy.size_bytes
-            need_bytes -= copy.size_bytes
-            if copy.tenant == asking:
-                own_bytes -= copy.size_bytes
-            if need_bytes <= 0 and own_bytes <= 0:
-                return
+    def is_owed(copy: C) -> bool:
+        return own_bytes > 0 and copy.tenant == asking
 
-    def own() -> Iterable[tuple[int, C]]:
-        for at, copy in enumerate(order):
-            if own_bytes <= 0:
-                return
-            if copy.tenant == asking:
-                yield at, copy
+    def is_above_share(copy: C) -> bool:
+        return left[copy.tenant] > shares.share_bytes(copy.tenant) and is_spare(copy)
 
-    def above_share() -> Iterable[tuple[int, C]]:
-        for at, copy in enumerate(order):
-            if at not in taken and left[copy.tenant] > shares.share_bytes(copy.tenant) and spare(copy):
-                yield at, copy
-
-    def anybody() -> Iterable[tuple[int, C]]:
-        for at, copy in enumerate(order):
-            if at not in taken and spare(copy):
-                yield at, copy
-
-    def spare(copy: C) -> bool:
+    def is_spare(copy: C) -> bool:
         above_floor = left[copy.tenant] - copy.size_bytes >= shares.floor_bytes(copy.tenant)
         return above_floor or copy.tenant == asking
 
-    for stage in (own, above_share, anybody):
-        if need_bytes > 0 or own_bytes > 0:
-            take(stage())
-    if need_bytes > 0 or own_bytes > 0:
-        return None
-    return [taken[at] for at in sorted(taken)]
+    for may_go in (is_owed, is_above_share, is_spare):
+        for at, copy in enumerate(order):
+            if need_bytes <= 0 and own_bytes <= 0:
+                return [taken[at] for at in sorted(taken)]
+            if at not in taken and may_go(copy):
+                taken[at] = copy
+                left[copy.tenant] -= copy.size_bytes
+                need_bytes -= copy.size_bytes
+                own_bytes -= copy.size_bytes if copy.tenant == asking else 0
+    return [taken[at] for at in sorted(taken)] if need_bytes <= 0 and own_bytes <= 0 else None
+
+
+def _first(coldest: Iterable[C], need_bytes: int) -> list[C] | None:
+    """The usual case, one tenant below its limit: as few of the coldest as will do, and no more are looked at."""
+    chosen: list[C] = []
+    for copy in coldest:
+        chosen.append(copy)
+        need_bytes -= copy.size_bytes
+        if need_bytes <= 0:
+            return chosen
+    return None
