@@ -12,9 +12,10 @@ from placement.cache import Copy
 from placement.lifecycle import IN_FLIGHT, CopyState
 from placement.messages import CopyWanted, Forward, Hop, Join, LoadHere, Refuse, Serve, Why
 from placement.records import PodId, model_key
-from placement.simulator.checks import ATTEMPTS, Violation
+from placement.simulator.checks import Violation
 from placement.simulator.clock import TICKS_PER_MS, Tick, ticks
 from placement.simulator.scenario import SimModel
+from placement.simulator.world_checks import ATTEMPTS
 
 if TYPE_CHECKING:
     from placement.simulator.pods import SimPod

@@ -24,6 +24,7 @@ from placement.simulator.requests import WAIT, Call, Failed, Outcome, Request, w
 from placement.simulator.scenario import Workload
 from placement.simulator.trace import Trace
 from placement.simulator.transport import Transport
+from placement.simulator.world_checks import may_be_refused
 
 _UNDER_WAY: Final = (*IN_FLIGHT, CopyState.UNLOADING)
 _WARM: Final = 10 * TICKS_PER_MS
@@ -182,8 +183,8 @@ class World:
             expected.add(Outcome.NO_ROOM)  # a pod that cannot make any; so are all that can be reached
             if self.options.faults.lost_messages:
                 expected.add(Outcome.POD_UNAVAILABLE)
-        if self.workload.grants:
-            expected.add(Outcome.NO_ROOM)  # a limit, or others' guarantees
+        if may_be_refused(self, model.tenant):
+            expected.add(Outcome.NO_ROOM)
         if not expected.issuperset(answers):
             said = f"of {size_bytes} bytes, estimated {estimate_bytes}, answered {answers[0].value!r}"
             raise Violation("no model is lost", said, pod, model_id)

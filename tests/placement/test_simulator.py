@@ -17,7 +17,7 @@ from placement.lifecycle import CopyState, Move
 from placement.messages import Wake
 from placement.records import TenantRecord
 from placement.simulator import __main__ as simulator
-from placement.simulator import checks, pods, requests
+from placement.simulator import pods, requests, world_checks
 from placement.simulator.checks import Violation
 from placement.simulator.drawn import Clients, draw
 from placement.simulator.options import Faults, Options
@@ -38,7 +38,7 @@ def run(options: Options, clients: Clients) -> Report:
 
 
 def test_requests_walk_as_the_router_lets_them() -> None:
-    assert checks.ATTEMPTS == router.ATTEMPTS
+    assert world_checks.ATTEMPTS == router.ATTEMPTS
     assert requests.MOVED_MS == router._MOVED_S * 1e3
 
 
