@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 from loaders.base import Loader, LoaderError
@@ -17,16 +19,49 @@ class Format:
     loader: str
     """`module:class`, imported when the first such model is sized or loaded."""
     extensions: tuple[str, ...] = ()
-    runs_code: tuple[str, ...] = ()
-    """Extensions whose files can run code of their author; refused unless the operator allows the extension."""
+    markers: tuple[str, ...] = ()
+    """Files that make the directory they lie in one model, e.g. `MLmodel`."""
+    runs_code: Mapping[str, str] = field(default_factory=dict)
+    """By extension or marker of what can run code of its author: what `--allow-code` must name for it to be loaded."""
+
+    def name_in(self, path: Path) -> str:
+        """The extension or marker by which a file or directory is of this format; empty: it is not.
+
+        Raises:
+            OSError: it cannot be looked into.
+        """
+        if path.is_dir():
+            return next((marker for marker in self.markers if (path / marker).is_file()), "")
+        return next((extension for extension in self.extensions if path.name.endswith(extension)), "")
 
 
 LOADERS: Final[dict[str, Format]] = {
     "onnx": Format("loaders.onnx:OnnxLoader", (".onnx",)),
-    "torch": Format("loaders.torch:TorchLoader", (".pt2", ".pt"), runs_code=(".pt2", ".pt")),
-    "sklearn": Format("loaders.sklearn:SklearnLoader", (".skops", ".joblib", ".pkl"), runs_code=(".joblib", ".pkl")),
+    "torch": Format("loaders.torch:TorchLoader", (".pt2", ".pt"), runs_code={".pt2": "pt2", ".pt": "pt"}),
+    "sklearn": Format(
+        "loaders.sklearn:SklearnLoader",
+        (".skops", ".joblib", ".pkl"),
+        runs_code={".joblib": "joblib", ".pkl": "pkl"},
+    ),
     "synthetic": Format("loaders.synthetic:SyntheticLoader", (".synthetic.json",)),
 }
+
+ALIASES: Final[dict[str, str]] = {"pytorch": "torch", "torchscript": "torch"}
+"""Other names that KServe's and ModelMesh's runtimes have for our formats (`supportedModelFormats`)."""
+
+
+def recognised(path: Path) -> str:
+    """The format of a file or directory by its name, or by what lies in it; empty: none of ours.
+
+    Raises:
+        OSError: it cannot be looked into.
+    """
+    return next((name for name, entry in LOADERS.items() if entry.name_in(path)), "")
+
+
+def canonical(format_name: str) -> str:
+    """Our name of a format that may go by another."""
+    return ALIASES.get(format_name, format_name)
 
 
 def format_for(format_name: str) -> Format:

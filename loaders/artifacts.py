@@ -28,11 +28,12 @@ _NOT_OURS: Final = frozenset(
 
 
 def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default_model_filename: str = "") -> Path:
-    """The model file that `uri` means: an absolute path or `file://` URI of a file or of a directory that holds one.
+    """The model that `uri` means: an absolute path or `file://` URI of a file, of a directory that is one, or of a
+    directory that holds one.
 
-    In a directory that is `default_model_filename` if given, else `model.<ext>` in the format's order of extensions,
-    else the only file with one of the format's extensions. Synthetic models need no file: an empty `uri` is enough.
-    `allowed_code` holds extensions without dot (`joblib`) whose files may run their author's code.
+    A directory with one of the format's markers is the model. In another it is `default_model_filename` if given, else
+    `model.<ext>` in the format's order of extensions, else the only one of the format. Synthetic models need no file:
+    an empty `uri` is enough. `allowed_code` holds names of `Format.runs_code`.
 
     Raises:
         LoaderError: no such file (retryable), not one model, another format's, or code that is not allowed.
@@ -42,17 +43,17 @@ def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default
         return Path("synthetic")
     path = _local_path(uri)
     try:
-        if path.is_dir():
-            path = _model_file(path, entry, default_model_filename)
-        if not path.is_file():
+        if path.is_dir() and not entry.name_in(path):
+            path = _model_in(path, entry, default_model_filename)
+        if not path.exists():
             raise LoaderError(f"{path} does not exist or is not a file", retryable=True)
+        name = entry.name_in(path)
     except OSError as error:
         raise LoaderError(f"{path} cannot be read: {error.strerror}", retryable=True) from error
-    extension = _extension(path, entry)
-    if not extension:
-        raise LoaderError(f"{path.name} is no {format_name} model: expected {' or '.join(entry.extensions)}")
-    if extension in entry.runs_code and extension[1:] not in allowed_code:
-        flag = f"--allow-code {extension[1:]}"
+    if not name:
+        raise LoaderError(f"{path.name} is no {format_name} model: expected {_expected(entry)}")
+    if (code := entry.runs_code.get(name, "")) and code not in allowed_code:
+        flag = f"--allow-code {code}"
         raise LoaderError(f"{path.name} can run its author's code when loaded: refused without {flag}")
     return path
 
@@ -86,7 +87,7 @@ def _local_path(uri: str) -> Path:
     return path
 
 
-def _model_file(folder: Path, entry: Format, default: str) -> Path:
+def _model_in(folder: Path, entry: Format, default: str) -> Path:
     if default:
         if Path(default).name != default:
             raise LoaderError(f"default_model_filename {default!r} must be a file name without folders")
@@ -94,17 +95,18 @@ def _model_file(folder: Path, entry: Format, default: str) -> Path:
     for extension in entry.extensions:
         if (model := folder / f"model{extension}").is_file():
             return model
-    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and _extension(path, entry))
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and entry.name_in(path))
     if len(found) == 1:
         return folder / found[0]
-    expected = " or ".join(entry.extensions)
     if not found:
-        raise LoaderError(f"{folder} holds no {expected} file", retryable=True)
-    raise LoaderError(f"{folder} holds several models ({', '.join(found[:8])}): expected one, or model{expected}")
+        raise LoaderError(f"{folder} holds no {_expected(entry)}", retryable=True)
+    usual = " or ".join(f"model{extension}" for extension in entry.extensions)
+    raise LoaderError(f"{folder} holds several models ({', '.join(found[:8])}): expected one, or {usual}")
 
 
-def _extension(path: Path, entry: Format) -> str:
-    return next((extension for extension in entry.extensions if path.name.endswith(extension)), "")
+def _expected(entry: Format) -> str:
+    files = [f"{' or '.join(entry.extensions)} file"] if entry.extensions else []
+    return " or ".join([*files, *(f"directory with {marker}" for marker in entry.markers)])
 
 
 def parameters(artifact: Artifact, format_name: str, *accepted: str) -> dict[str, Any]:

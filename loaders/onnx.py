@@ -26,7 +26,7 @@ import numpy as np
 from loaders.artifacts import agreed, parameters
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.datatypes import DTYPES, bytes_of, text_of
-from loaders.memory import Change
+from loaders.memory.process import Change
 from loaders.onnx_file import weigh
 
 # Since 1.31 importing it starts a telemetry thread and writes into the home directory; a server tells nobody about its

@@ -27,7 +27,7 @@ import numpy as np
 from loaders.artifacts import agreed, parameters, reading
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.datatypes import bytes_of, text_of
-from loaders.memory import Change
+from loaders.memory.process import Change
 from loaders.taking_turns import framework_load
 
 try:

@@ -30,7 +30,7 @@ MAX_BYTES: Final = 1 << 50
 _MAX_PATH_BYTES: Final = 107
 """Of a Unix socket (unix(7), sun_path)."""
 
-_CODE: Final = sorted({extension.lstrip(".") for entry in LOADERS.values() for extension in entry.runs_code})
+_CODE: Final = sorted({name for entry in LOADERS.values() for name in entry.runs_code.values()})
 
 
 def parse_bytes(text: str) -> int:

@@ -11,19 +11,15 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final, TypeVar, assert_never
 
-from loaders import loader_for
-from loaders.artifacts import resolve
-from loaders.base import Artifact, LoaderError
-from loaders.storage.source import Held, Storage, holding
+from loaders.base import LoaderError
 from mesh import __version__
 from mesh.batcher import Batcher
 from mesh.errors import ModelNotFound
 from mesh.in_line import InLine
+from mesh.models import Models, is_fetched
 from mesh.publisher import Publisher
-from mesh.repository import ModelSettings, from_key
 from mesh.resident import Resident
 from mesh.workers import Workers
 from placement.cache import Copy
@@ -77,9 +73,8 @@ class Driver:
         publisher: Publisher,
         tasks: asyncio.TaskGroup,
         *,
-        allowed_code: frozenset[str],
+        models: Models,
         run_threads: int,
-        storage: Storage,
     ) -> None:
         self.engine = engine
         self._ensure_loaded: Callable[[ModelId], Awaitable[None]] | None = None
@@ -87,8 +82,7 @@ class Driver:
         self._load_on: Callable[[LoadOn], Awaitable[None]] | None = None
         self._publisher = publisher
         self._tasks = tasks
-        self._allowed_code = allowed_code
-        self._storage = storage
+        self._models = models
         self._loaded: dict[ModelId, Resident] = {}
         self._waiters: dict[ModelId, asyncio.Future[None]] = {}
         self._closed = False
@@ -205,7 +199,7 @@ class Driver:
 
     def _end_threads(self) -> None:
         self._workers.close()
-        self._storage.stop()
+        self._models.stop()
         self._fetching.shutdown(wait=True, cancel_futures=True)
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._housekeeping.shutdown(wait=True)
@@ -258,8 +252,8 @@ class Driver:
             self._tasks.create_task(once())
 
     async def _estimate(self, model: ModelRecord) -> None:
-        pool = self._fetching if "://" in model.path or "storage_key" in model.key else self._housekeeping
-        await self._attempt(model, pool, self._estimate_bytes, SizeEstimated)
+        pool = self._fetching if is_fetched(model) else self._housekeeping
+        await self._attempt(model, pool, self._models.estimate_bytes, SizeEstimated)
 
     async def _load(self, model: ModelRecord) -> None:
         started = time.monotonic()
@@ -308,58 +302,10 @@ class Driver:
         log.info("copy %s UNLOADING -> gone", model_id)
         self.step(UnloadFinished(model_id))
 
-    def _estimate_bytes(self, model: ModelRecord) -> int:
-        """Frameworks tell a model's size from its files, so they are fetched for that."""
-        settings = settings_of(model)
-        with holding(self._held(model, settings)) as path:
-            return loader_for(format_of(model)).estimate_bytes(self._artifact(model, path, settings))
-
     def _load_model(self, model: ModelRecord) -> Resident:
-        settings = settings_of(model)
-        held = self._held(model, settings)
-        try:
-            loaded = loader_for(format_of(model)).load(self._artifact(model, held.path, settings))
-            return Resident(loaded, settings, held)
-        except BaseException:
-            held.close()
-            raise
-
-    def _held(self, model: ModelRecord, settings: ModelSettings) -> Held:
-        return self._storage.hold(model.path, settings.storage_key, settings.storage_params)
-
-    def _artifact(self, model: ModelRecord, path: Path | str, settings: ModelSettings) -> Artifact:
-        return Artifact(
-            path=resolve(format_of(model), str(path), allowed_code=self._allowed_code),
-            parameters=settings.parameters,
-            inputs=settings.inputs,
-            outputs=settings.outputs,
-        )
+        return self._models.load(model)
 
 
 def _told(error: Exception) -> str:
     """What an error says, fit for a registry record and a status: not endless, and of characters that can be sent."""
     return str(error)[:MAX_ERROR_CHARS].encode(errors="replace").decode()
-
-
-def settings_of(model: ModelRecord) -> ModelSettings:
-    """What was registered with the model.
-
-    Raises:
-        LoaderError: the key is not what registration lets through: it was written by hand.
-    """
-    try:
-        return from_key(model.key)
-    except ValueError as error:
-        raise LoaderError(str(error)) from None
-
-
-def format_of(model: ModelRecord) -> str:
-    """The format in ModelInfo.type: `onnx`, or as ModelMesh's controller writes it, `mt:onnx[:version][|pv:protocol]`;
-    with `rt:<runtime>`, which names a server and no format, the key's `model_type`.
-
-    Raises:
-        LoaderError: see `settings_of`.
-    """
-    if model.format.startswith("rt:"):
-        return settings_of(model).model_type
-    return model.format.removeprefix("mt:").split("|")[0].split(":")[0]

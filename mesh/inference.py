@@ -12,8 +12,9 @@ from google.protobuf.message import DecodeError, Message
 from loaders.base import LoaderError, Tensor
 from mesh import __version__
 from mesh.directory import Directory, check_id
-from mesh.driver import Driver, settings_of
+from mesh.driver import Driver
 from mesh.errors import InvalidRequest, MeshError, ModelNotFound, Unimplemented
+from mesh.models import settings_of
 from mesh.plans import answered, learn, split
 from mesh.repository import ModelSettings
 from mesh.residency import Residency, overall

@@ -27,6 +27,7 @@ from mesh.hits import Hits
 from mesh.inference import INFER, Inference
 from mesh.management import Management
 from mesh.mirror import Mirror
+from mesh.models import Models
 from mesh.publisher import Publisher
 from mesh.registration import registration
 from mesh.registry import open_registry
@@ -201,9 +202,8 @@ class Pod:
             engine,
             publisher,
             tasks,
-            allowed_code=config.allowed_code,
+            models=Models(storage, config.allowed_code),
             run_threads=config.run_threads,
-            storage=storage,
         )
 
         def forget(address: str) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from loaders import LOADERS
-from mesh.driver import format_of
 from mesh.errors import AlreadyExists, InvalidRequest
+from mesh.models import format_of
 from mesh.placement_settings import NAMES, fields_of
 from mesh.repository import from_key
 from placement.records import ModelRecord

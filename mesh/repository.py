@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from google.protobuf import text_format
 
-from loaders import LOADERS
+from loaders import LOADERS, recognised
 from loaders.base import TensorSpec
 from loaders.datatypes import DTYPES
 from mesh.placement_settings import fields_of
@@ -33,7 +33,7 @@ MAX_QUEUE_DELAY_US: Final = 10_000_000
 IMPLEMENTATIONS: Final[dict[str, str]] = {"mlserver_sklearn.SKLearnModel": "sklearn"}
 """MLServer's runtimes whose model files one of our formats reads."""
 
-_FORMATS: Final = {extension: name for name, entry in LOADERS.items() for extension in entry.extensions}
+_NAMES: Final = ", ".join(name for entry in LOADERS.values() for name in (*entry.extensions, *entry.markers))
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 """Triton ignores directories that are not numbers or begin with 0."""
 _LIST: Final = re.compile(r"""("(?:\\.|[^"\\\n])*+"?|'(?:\\.|[^'\\\n])*+'?|#[^\n]*)|(\w)((?:\s|#[^\n]*\n)*+\[)""")
@@ -73,7 +73,7 @@ class RepositoryModel(ModelSettings):
     model_id: str
     format: str
     path: Path
-    """The model file, absolute. Symbolic links are not resolved, so that an update through them is seen."""
+    """The model, absolute. Symbolic links are not resolved, so that an update through them is seen."""
 
 
 def scan(root: Path) -> tuple[list[RepositoryModel], list[tuple[str, str]]]:
@@ -175,13 +175,13 @@ def _model(directory: Path) -> RepositoryModel:
     implementation = _text(f"{where}: implementation", declared.get("implementation"))
     if implementation and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{where}: unknown implementation {implementation!r}, expected {', '.join(IMPLEMENTATIONS)}")
-    path = base / uri if uri else _only_model_file(home)
+    path = base / uri if uri else _only_model(home)
     _check_inside(path, directory)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{where}: {uri!r} is not a file")
-    format_name = IMPLEMENTATIONS.get(implementation) or _format(path.name)
+    format_name = IMPLEMENTATIONS.get(implementation) or recognised(path)
     if not format_name:
-        raise ValueError(f"{where}: {uri!r} ends in none of {', '.join(_FORMATS)}")
+        raise ValueError(f"{where}: {uri!r} is no model: expected one of {_NAMES}")
     model_id = _text(f"{where}: name", declared.get("name")) or directory.name
     if len(model_id) > MAX_ID_CHARS or not model_id.isprintable():
         raise ValueError(f"its id is longer than {MAX_ID_CHARS} characters or has unprintable ones")
@@ -207,23 +207,22 @@ def _home(directory: Path, pinned: Collection[int]) -> Path:
     versions = [int(name) for name in names if _VERSION.fullmatch(name) and (not pinned or int(name) in pinned)]
     if pinned and not versions:
         raise ValueError(f"{CONFIG_FILE}: none of the versions {sorted(pinned)} of version_policy is there")
-    if not versions and names and not any(_format(path.name) for path in directory.iterdir()):
+    if not versions and names and not any(map(recognised, (directory, *directory.iterdir()))):
         raise ValueError(f"{', '.join(map(repr, sorted(names)[:8]))}: a version directory's name is a number from 1")
     return directory / str(max(versions)) if versions else directory
 
 
-def _only_model_file(home: Path) -> Path:
-    found = sorted(path for path in home.iterdir() if path.name[0] != "." and _format(path.name) and path.is_file())
+def _only_model(home: Path) -> Path:
+    """The model in a directory: a file or directory of one of our formats, or the directory itself."""
+    if recognised(home):
+        return home
+    found = sorted(path for path in home.iterdir() if path.name[0] != "." and recognised(path))
     found = [path for path in found if path.name.startswith("model.")] or found
     if len(found) > 1:
         raise ValueError(f"several model files: {', '.join(path.name for path in found[:8])}")
     if not found:
-        raise ValueError(f"no model file in {home.name!r}: expected model with one of {', '.join(_FORMATS)}")
+        raise ValueError(f"no model file in {home.name!r}: expected model with one of {_NAMES}")
     return found[0]
-
-
-def _format(name: str) -> str | None:
-    return next((found for extension, found in _FORMATS.items() if name.endswith(extension)), None)
 
 
 def _check_inside(path: Path, directory: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 import click
 from click.core import ParameterSource
 
-from loaders.memory import keep_message_buffers
+from loaders.memory.process import keep_message_buffers
 from mesh.config import Config
 from mesh.loop import new_event_loop
 from mesh.pod import BadSetting, CannotStart, Pod

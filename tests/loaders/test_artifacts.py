@@ -84,13 +84,15 @@ def test_the_default_model_filename_stays_in_the_directory(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("format_name", "extension"), [(name, ext) for name, entry in LOADERS.items() for ext in entry.runs_code]
+    ("format_name", "name"), [(format_name, name) for format_name, entry in LOADERS.items() for name in entry.runs_code]
 )
-def test_code_needs_permission(tmp_path: Path, format_name: str, extension: str) -> None:
-    put(tmp_path, f"model{extension}")
-    with pytest.raises(LoaderError, match=f"refused without --allow-code {extension[1:]}$"):
+def test_code_needs_permission(tmp_path: Path, format_name: str, name: str) -> None:
+    entry = LOADERS[format_name]
+    put(tmp_path, f"model{name}" if name in entry.extensions else name)
+    code = entry.runs_code[name]
+    with pytest.raises(LoaderError, match=f"refused without --allow-code {code}$"):
         resolve(format_name, str(tmp_path), allowed_code=frozenset({"other"}))
-    assert resolve(format_name, str(tmp_path), allowed_code=frozenset({extension[1:]})).suffix == extension
+    assert entry.name_in(resolve(format_name, str(tmp_path), allowed_code=frozenset({code}))) == name
 
 
 def test_parameters_of_modelmesh_are_ignored_and_unknown_ones_refused() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loaders import memory
-from loaders.memory import Change, resident_bytes
+from loaders.memory import process
+from loaders.memory.process import Change, resident_bytes
 
 MIB = 1 << 20
-pytestmark = pytest.mark.skipif(not memory.malloc_bytes(), reason="the C library is not glibc >= 2.33")
+pytestmark = pytest.mark.skipif(not process.malloc_bytes(), reason="the C library is not glibc >= 2.33")
 
 
 def test_resident_bytes_are_the_kernels() -> None:  # proc(5)
@@ -59,9 +59,9 @@ def test_trims_at_most_once_per_interval_and_once_after_the_last_call(monkeypatc
         if len(trims) == 2:
             done.set()
 
-    monkeypatch.setattr(memory, "_malloc_trim", trim)
-    monkeypatch.setattr(memory, "_TRIM_INTERVAL_S", 0.2)
-    give_back = memory._Trimmer()
+    monkeypatch.setattr(process, "_malloc_trim", trim)
+    monkeypatch.setattr(process, "_TRIM_INTERVAL_S", 0.2)
+    give_back = process._Trimmer()
     for _ in range(50):
         give_back()
     assert len(trims) == 1

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from skl2onnx import to_onnx
 from sklearn.linear_model import LogisticRegression
 
-from loaders import memory
 from loaders.base import Artifact, InferError, LoaderError, Tensor, TensorSpec
 from loaders.datatypes import DTYPES
+from loaders.memory import process
 from loaders.onnx import OnnxLoader
 
 LOADER = OnnxLoader()
@@ -213,20 +213,20 @@ def test_a_hundred_sessions_add_no_thread_and_unloading_gives_their_memory_back(
     x = np.ones((1, 128), np.float32)
     LOADER.load(artifact).infer({"x": x}, ["y"])  # whatever happens once per process
     gc.collect()
-    memory.give_back._trim()
-    threads, before = len(os.listdir("/proc/self/task")), memory.resident_bytes()
+    process.give_back._trim()
+    threads, before = len(os.listdir("/proc/self/task")), process.resident_bytes()
     models = [LOADER.load(artifact) for _ in range(100)]
     for model in models:
         model.infer({"x": x}, ["y"])
     assert len(os.listdir("/proc/self/task")) <= threads + 1  # a timer's, for the next trim
-    taken = memory.resident_bytes() - before
+    taken = process.resident_bytes() - before
     claimed = sum(model.size_bytes for model in models)
     assert claimed == pytest.approx(taken, rel=0.3)
     assert LOADER.estimate_bytes(artifact) == pytest.approx(models[0].size_bytes, rel=0.1)
     for model in models:
         model.unload()
-    memory.give_back._trim()  # what `give_back` does within a second
-    assert memory.resident_bytes() - before < taken / 4
+    process.give_back._trim()  # what `give_back` does within a second
+    assert process.resident_bytes() - before < taken / 4
 
 
 @pytest.mark.parametrize("widths", [(64, 128, 128, 10), (1024, 2048, 1024)])  # estimated and measured, `Change`
@@ -234,7 +234,7 @@ def test_a_hundred_sessions_add_no_thread_and_unloading_gives_their_memory_back(
 def test_sizes_are_what_malloc_gave(save_mlp: Save, widths: tuple[int, ...], dtype: Any) -> None:
     artifact = Artifact(save_mlp(*widths, dtype=dtype))
     keep = [LOADER.load(artifact)]
-    before = memory.malloc_bytes()
+    before = process.malloc_bytes()
     keep += [LOADER.load(artifact) for _ in range(5)]
-    assert keep[1].size_bytes == pytest.approx((memory.malloc_bytes() - before) / 5, rel=0.15)
+    assert keep[1].size_bytes == pytest.approx((process.malloc_bytes() - before) / 5, rel=0.15)
     assert LOADER.estimate_bytes(artifact) == pytest.approx(keep[1].size_bytes, rel=0.15)

@@ -15,19 +15,24 @@ FRAMEWORKS = {"onnx": "onnxruntime", "torch": "torch", "sklearn": "sklearn"}
 
 @pytest.mark.parametrize("format_name", LOADERS)
 def test_every_format_has_a_loader(format_name: str) -> None:
-    assert loader_for(format_name) is loader_for(format_name)
-    assert set(format_for(format_name).runs_code) <= set(format_for(format_name).extensions)
+    entry = format_for(format_name)
+    assert set(entry.runs_code) <= {*entry.extensions, *entry.markers}
+    try:
+        loader = loader_for(format_name)
+    except LoaderError as missing:  # an optional package
+        pytest.skip(str(missing))
+    assert loader_for(format_name) is loader
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(LoaderError, match="unknown model format 'tf': expected one of onnx, sklearn, synthetic, torch"):
+    with pytest.raises(LoaderError, match=r"unknown model format 'tf': expected one of .*onnx, .*synthetic, .*torch"):
         loader_for("tf")
 
 
 def test_frameworks_are_imported_late_and_their_absence_tells_what_to_install() -> None:
     script = f"""
 import sys
-import loaders, loaders.artifacts, loaders.memory
+import loaders, loaders.artifacts, loaders.memory.process
 frameworks = {FRAMEWORKS!r}
 assert not set(frameworks.values()) & set(sys.modules)
 for name, package in frameworks.items():

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from loaders import LOADERS, memory
+from loaders import LOADERS
 from loaders.base import Artifact, InferError, LoaderError, Tensor, TensorSpec
 from loaders.datatypes import DTYPES
+from loaders.memory.process import malloc_bytes
 from loaders.torch import TorchLoader
 
 LOADER = TorchLoader()
@@ -269,7 +270,7 @@ def test_sizes_are_the_weights_and_unloading_frees_them(tmp_path: Path, extensio
     models = [LOADER.load(artifact) for _ in range(4)]
     assert models[0].size_bytes == pytest.approx(weights, rel=0.05)
     assert LOADER.estimate_bytes(artifact) == pytest.approx(models[0].size_bytes, rel=0.05)
-    held = memory.malloc_bytes()
+    held = malloc_bytes()
     for model in models:
         model.unload()
-    assert held - memory.malloc_bytes() > 3.8 * weights  # without waiting for the garbage collector
+    assert held - malloc_bytes() > 3.8 * weights  # without waiting for the garbage collector

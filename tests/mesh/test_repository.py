@@ -144,7 +144,7 @@ def config(text: str) -> dict[str, str | dict[str, Any]]:
         ({"m/model-settings.json": "[" * 99_999, "m/model.onnx": ""}, "model-settings.json is not JSON: maximum recur"),
         ({"m/model-settings.json": " " * (MAX_CONFIG_BYTES + 1)}, "model-settings.json has more than 1048576 bytes"),
         (settings(implementation="mlserver_xgboost.XGBoostModel"), "unknown implementation 'mlserver_xgboost.XGBoost"),
-        (settings(implementation=None), "'./model.bin' ends in none of .onnx"),
+        (settings(implementation=None), "'./model.bin' is no model: expected one of .onnx"),
         (settings(name="x" * 254), "its id is longer than 253 characters or has unprintable ones"),
         (settings(name="a\nb"), "its id is longer than 253 characters or has unprintable ones"),
         (settings(max_batch_size=-1), "model-settings.json: max_batch_size is not a number from 0"),

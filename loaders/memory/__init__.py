@@ -1,0 +1,1 @@
+"""Memory that models take: measured, and given back."""
