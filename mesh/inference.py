@@ -16,10 +16,10 @@ from mesh.driver import Driver
 from mesh.errors import InvalidRequest, MeshError, ModelNotFound, Unimplemented
 from mesh.models import settings_of
 from mesh.plans import answered, learn, split
-from mesh.repository import ModelSettings
 from mesh.residency import Residency, overall
 from mesh.router import MODEL, Router, priority_of
 from mesh.rpc import Call, Handlers, Stream, Unary
+from mesh.settings import ModelSettings
 from mesh.tensors import check, decode, encode
 from mesh.wire import peek_string
 from placement.cache import Copy

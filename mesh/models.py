@@ -8,8 +8,8 @@ from loaders import canonical, loader_for
 from loaders.artifacts import resolve
 from loaders.base import Artifact, LoaderError
 from loaders.storage.source import Held, Storage, holding
-from mesh.repository import ModelSettings, from_key
 from mesh.resident import Resident
+from mesh.settings import ModelSettings, from_key
 from placement.records import ModelRecord
 
 

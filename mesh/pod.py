@@ -33,10 +33,11 @@ from mesh.registration import registration
 from mesh.registry import open_registry
 from mesh.registry.base import Registry, RegistryError
 from mesh.relay import ModelRelay
-from mesh.repository import scan, to_key
+from mesh.repository import scan
 from mesh.residency import Residency
 from mesh.router import Router
 from mesh.rpc import Call, Client, Handlers
+from mesh.settings import to_key
 from mesh.tls import Tls, TlsError
 from mesh.vmodels import VModels
 from placement.engine import Engine

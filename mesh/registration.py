@@ -14,7 +14,7 @@ from loaders import LOADERS
 from mesh.errors import AlreadyExists, InvalidRequest
 from mesh.models import format_of
 from mesh.placement_settings import NAMES, fields_of
-from mesh.repository import from_key
+from mesh.settings import from_key
 from placement.records import ModelRecord
 from protos import management_pb2 as pb
 

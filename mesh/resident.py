@@ -5,8 +5,8 @@ from __future__ import annotations
 from loaders.base import LoadedModel
 from loaders.storage.source import Held
 from mesh.plans import Plans
-from mesh.repository import ModelSettings
 from mesh.rowwise import Kind, has_batch_dimension
+from mesh.settings import ModelSettings
 
 
 class Resident:

@@ -16,8 +16,8 @@ from mesh.batch import MOST_ROWS
 from mesh.batcher import Batcher
 from mesh.errors import InvalidRequest, ModelFailed
 from mesh.in_line import InLine, Pace
-from mesh.repository import ModelSettings
 from mesh.resident import Resident
+from mesh.settings import ModelSettings
 from mesh.workers import Workers
 from placement.cache import Copy
 from placement.records import ModelRecord

@@ -12,7 +12,8 @@ from mesh.errors import InvalidRequest
 from mesh.placement_settings import NAMES, fields_of
 from mesh.pod import Pod
 from mesh.registration import registration
-from mesh.repository import from_key, scan, to_key
+from mesh.repository import scan
+from mesh.settings import from_key, to_key
 from placement.records import ModelRecord, Priority
 from protos import management_pb2 as mm
 from tests.mesh.client import Client

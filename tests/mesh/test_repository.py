@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from loaders.base import TensorSpec
 from loaders.datatypes import DTYPES
-from mesh.repository import MAX_CONFIG_BYTES, MAX_KEY_CHARS, ModelSettings, RepositoryModel, from_key, scan, to_key
+from mesh.declared import MAX_CONFIG_BYTES
+from mesh.repository import RepositoryModel, scan
+from mesh.settings import MAX_KEY_CHARS, ModelSettings, from_key, to_key
 
 # Triton, docs/user_guide/model_configuration.md, with what its examples carry beside the signature.
 CONFIG = r"""
