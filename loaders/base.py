@@ -33,6 +33,17 @@ class InferError(Exception):
         self.bad_input = bad_input
 
 
+class ModelLost(InferError):
+    """The model is not in memory any more: its process has died, its server has forgotten it. The mesh gives the copy
+    up, and loads it again when somebody asks for it. Only models that wait (`LoadedModel.waits`) raise it."""
+
+    def __init__(self, message: str, *, began: bool) -> None:
+        super().__init__(message, bad_input=False)
+        self.began = began
+        """Whether this request had reached the model, and so may be what ended it: it fails. Others are run on the next
+        copy, and their clients do not notice."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output of a model. `shape` uses -1 for a size known only at run time."""
@@ -53,7 +64,9 @@ class Signature:
     lenient: bool = False
     """The model takes its single input under any name, in any numeric datatype or BYTES and in any shape, and checks it
     itself (scikit-learn: KServe's clients say `input-0`, MLServer's `predict`; TorchScript: the file does not say).
-    `inputs` and the datatypes and shapes of `outputs` are then only a hint: an answer is encoded by its own dtype."""
+    `inputs` and the datatypes and shapes of `outputs` are then only a hint: an answer is encoded by its own dtype.
+    No `inputs` at all: it does not tell what it takes, and is handed whatever comes, under its own names; no `outputs`:
+    it does not tell what it answers either, and is asked for () by those who want all."""
     default_outputs: tuple[str, ...] = ()
     """Names answered to a client that asks for none; empty: all of `outputs`."""
 
@@ -70,6 +83,8 @@ class Artifact:
     outputs: tuple[TensorSpec, ...] = ()
     """Signature declared beside the model (model-settings.json, config.pbtxt), batch dimension included; empty: take
     the model's own."""
+    model_id: str = ""
+    """For the log, and for servers that have names for models."""
 
 
 class LoadedModel(Protocol):
@@ -83,11 +98,19 @@ class LoadedModel(Protocol):
         """Measured bytes this copy holds in memory; at least 1."""
         ...
 
+    @property
+    def waits(self) -> int:
+        """How many requests at once another process computes while `infer` waits for it; they get so many threads of
+        their own, and are never run on the event loop. 0: `infer` itself computes."""
+        ...
+
     def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-        """Run once. Inputs were checked against `signature`; `outputs` names are of the signature, never empty.
+        """Run once. Inputs were checked against `signature`; `outputs` names are of the signature, never empty unless
+        that has none.
 
         Raises:
             InferError: the model refused the values or failed.
+            ModelLost: it is not there any more.
         """
         ...
 

@@ -104,6 +104,8 @@ class OnnxLoader:
 class OnnxModel:
     """One session; runs on the calling thread, in as many threads at once as call it."""
 
+    waits: Final = 0
+
     def __init__(self, session: Any, signature: Signature, size_bytes: int) -> None:
         self.signature = signature
         self.size_bytes = size_bytes

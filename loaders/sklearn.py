@@ -118,6 +118,8 @@ class SklearnLoader:
 class SklearnModel:
     """One fitted estimator."""
 
+    waits: Final = 0
+
     def __init__(self, estimator: Any, signature: Signature, size_bytes: int) -> None:
         self.signature = signature
         self.size_bytes = size_bytes

@@ -82,6 +82,8 @@ class SyntheticLoader:
 class SyntheticModel:
     """The identity, after `infer_ms`."""
 
+    waits: Final = 0
+
     def __init__(self, signature: Signature, settings: Settings) -> None:
         self.signature = signature
         self.size_bytes = max(int(settings.size_bytes), 1)

@@ -95,6 +95,8 @@ class TorchLoader:
 class TorchModel:
     """A module and how tensors are handed to it by name."""
 
+    waits: Final = 0
+
     def __init__(
         self,
         module: Any,

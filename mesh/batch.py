@@ -14,7 +14,8 @@ from itertools import accumulate
 from typing import Final
 
 from loaders.base import InferError, LoadedModel, Tensor
-from mesh.errors import MODEL_FAILURES, InvalidRequest, MeshError, ModelFailed
+from loaders.base import ModelLost as Lost
+from mesh.errors import MODEL_FAILURES, InvalidRequest, MeshError, ModelFailed, ModelLost, NotHere
 from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
 from mesh.rowwise import Kind, rows_of, stack
@@ -139,6 +140,8 @@ def infer_together(
     if len(requests) > 1:
         try:
             results = resident.model.infer(stack(requests), outputs)
+        except Lost as error:  # one of them may have done it: together again they would do it again
+            return [(ModelLost if error.began else NotHere)(str(error)) for _ in requests]
         except MODEL_FAILURES as error:
             log.debug("a batch failed, its requests are run one by one: %s", error)
         else:
@@ -164,9 +167,12 @@ def infer(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequence[st
 
     Raises:
         InvalidRequest, ModelFailed
+        ModelLost, NotHere: the copy is of no use any more; NotHere: and the request was never begun.
     """
     try:
         return model.infer(inputs, outputs)
+    except Lost as error:
+        raise (ModelLost if error.began else NotHere)(str(error)) from None
     except InferError as error:
         raise (InvalidRequest if error.bad_input else ModelFailed)(str(error)) from None
     except MODEL_FAILURES as error:

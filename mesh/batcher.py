@@ -17,7 +17,7 @@ from typing import Final
 
 from loaders.base import Tensor
 from mesh.batch import Batch, Item, Results, enough_rows, infer
-from mesh.errors import MeshError
+from mesh.errors import MeshError, ModelLost, NotHere
 from mesh.histogram import Histogram
 from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
@@ -39,13 +39,19 @@ class Batcher:
     """Runs the models of loaded copies."""
 
     def __init__(
-        self, workers: Workers, in_line: InLine, pin: Callable[[Copy], None], unpin: Callable[[Copy], None]
+        self,
+        workers: Workers,
+        in_line: InLine,
+        pin: Callable[[Copy], None],
+        unpin: Callable[[Copy], None],
+        lost: Callable[[Copy], None],
     ) -> None:
-        """`pin` and `unpin` keep a copy in memory."""
+        """`pin` and `unpin` keep a copy in memory; `lost` is told of one whose model has gone."""
         self._workers = workers
         self._in_line = in_line
         self._pin = pin
         self._unpin = unpin
+        self._lost = lost
         self._loop = asyncio.get_running_loop()
         self._latest: dict[tuple[int, Kind, Priority], Batch] = {}
         """Of each copy, kind and class of requests: what was begun last and has not ended."""
@@ -68,7 +74,7 @@ class Batcher:
             resident.tried[kind] = False
             self._pin(copy)
             given = inputs()
-            job = self._workers.submit(lambda: is_rowwise(resident.model, given, kind[0]), Pace())
+            job = self._workers_of(resident).submit(lambda: is_rowwise(resident.model, given, kind[0]), Pace())
 
             def ended(rowwise: asyncio.Future[bool]) -> None:
                 self._unpin(copy)
@@ -148,15 +154,19 @@ class Batcher:
         if self.runs_in_line(batch.pace):
             self._ended(batch, self._in_line.run(batch, batch.work))
             return
-        parts = 1 if batch.resident.settings.max_queue_delay_us else min(self._workers.idle, len(batch.items))
+        workers = self._workers_of(batch.resident)
+        parts = 1 if batch.resident.settings.max_queue_delay_us else min(workers.idle, len(batch.items))
         batches = batch.parts(parts) if parts > 1 else [batch]  # nobody waits for others while a thread does nothing
         if parts > 1:
             for part in batches:
                 self._pin(part.copy)
             self._forget(batch)
         for part in batches:
-            part.job = self._workers.submit(part.work, part, part.priority)
+            part.job = workers.submit(part.work, part, part.priority)
             part.job.future.add_done_callback(partial(self._done, part))
+
+    def _workers_of(self, resident: Resident) -> Workers:
+        return resident.workers or self._workers
 
     def _done(self, batch: Batch, results: asyncio.Future[list[Results | MeshError]]) -> None:
         self._ended(batch, results.result())
@@ -170,6 +180,8 @@ class Batcher:
 
     def _ended(self, batch: Batch, results: list[Results | MeshError]) -> None:
         self._forget(batch)
+        if any(isinstance(result, ModelLost | NotHere) for result in results):
+            self._lost(batch.copy)
         if batch.items:
             self.sizes.observe(len(batch.items))
         for item, result in zip(batch.items, results, strict=True):

@@ -24,6 +24,7 @@ from mesh.resident import Resident
 from mesh.workers import Workers
 from placement.cache import Copy
 from placement.engine import Engine
+from placement.lifecycle import CopyState
 from placement.messages import (
     Action,
     CopyUnwanted,
@@ -98,7 +99,7 @@ class Driver:
         loop = asyncio.get_running_loop()
         self._workers = Workers(run_threads, loop)
         self.in_line = InLine(loop)
-        self.batcher = Batcher(self._workers, self.in_line, engine.pin, self.unpin)
+        self.batcher = Batcher(self._workers, self.in_line, engine.pin, self.unpin, self._lost)
 
     def lead_with(
         self,
@@ -148,6 +149,13 @@ class Driver:
 
     def unpin(self, copy: Copy) -> None:
         self._decide(self.engine.unpin, copy)
+
+    def _lost(self, copy: Copy) -> None:
+        """The model is not in memory any more, whatever the books say."""
+        model_id = copy.model.model_id
+        if copy.state is CopyState.LOADED:
+            log.warning("copy %s was lost, and is given up", model_id)
+            self.step(CopyUnwanted(model_id))
 
     # Events and actions
 
@@ -260,6 +268,9 @@ class Driver:
 
         def finished(model_id: ModelId, loaded: Resident) -> LoadFinished:
             self._loaded[model_id] = loaded
+            if loaded.model.waits:
+                loaded.workers = Workers(loaded.model.waits, asyncio.get_running_loop(), "wait")
+                self.in_line.keep_out(model_id)
             elapsed_ms = (time.monotonic() - started) * 1e3
             size_bytes = loaded.model.size_bytes
             log.info("copy %s LOADING -> LOADED in %.0f ms, %d bytes", model_id, elapsed_ms, size_bytes)

@@ -153,6 +153,10 @@ class ModelFailed(MeshError):
     code = Code.INTERNAL
 
 
+class ModelLost(ModelFailed):
+    """The model's process or server was lost over the request. Not tried elsewhere: it may do the same there."""
+
+
 class InternalError(MeshError):
     """A bug met this request. One request must not end a pod, or it would end the next pod it is sent to as well."""
 

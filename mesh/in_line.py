@@ -38,14 +38,15 @@ class Pace:
     a count that is lost does no harm."""
 
     __slots__ = (
-        *("_bar_s", "_barred_until_s", "_ran"),
+        *("_bar_s", "_barred_until_s", "_may_enter", "_ran"),
         *("busy_s", "in_line", "model_id", "runs", "score", "typical_s"),
     )
 
-    def __init__(self, model_id: str = "", ran: list[Pace] | None = None) -> None:
+    def __init__(self, model_id: str = "", ran: list[Pace] | None = None, *, may_enter: bool = True) -> None:
         """`ran` gets it when it was measured for the first time since its counts were taken."""
         self.model_id = model_id
         self._ran = ran
+        self._may_enter = may_enter
         self.runs = 0
         """This and the next: since they were taken."""
         self.busy_s = 0.0
@@ -57,8 +58,8 @@ class Pace:
         self._barred_until_s = math.inf
 
     def enter(self) -> None:
-        """Run on the loop from now on."""
-        self.in_line, self.score = True, _ENTER
+        """Run on the loop from now on, unless that is ruled out."""
+        self.in_line, self.score = self._may_enter, _ENTER
 
     def may_try(self) -> bool:
         """Whether it may enter because a run is expected to be fast: it was not measured, or not for a while."""
@@ -97,6 +98,7 @@ class InLine:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._paces: dict[str, dict[int, Pace]] = {}
+        self._kept_out: set[str] = set()
         self._ran: list[Pace] = []
         self._turn_s = 0.0
         self._turning = False
@@ -114,7 +116,7 @@ class InLine:
         magnitude = size_bytes.bit_length()
         pace = paces.get(magnitude)
         if pace is None:
-            pace = paces[magnitude] = Pace(model_id, self._ran)
+            pace = paces[magnitude] = Pace(model_id, self._ran, may_enter=model_id not in self._kept_out)
         return pace
 
     def together(self, model_id: str, size_bytes: int, count: int) -> tuple[int, Pace]:
@@ -148,9 +150,14 @@ class InLine:
                 pace.runs, pace.busy_s = 0, 0.0
         return taken
 
+    def keep_out(self, model_id: str) -> None:
+        """However fast the model is: it waits for another process, which may hang."""
+        self._kept_out.add(model_id)
+
     def forget(self, model_id: str) -> None:
         """The model is not in memory any more; another may come under its name."""
         self._paces.pop(model_id, None)
+        self._kept_out.discard(model_id)
 
     @property
     def has_time(self) -> bool:

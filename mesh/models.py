@@ -58,6 +58,7 @@ class Models:
             parameters=settings.parameters,
             inputs=settings.inputs,
             outputs=settings.outputs,
+            model_id=model.model_id,
         )
 
 

@@ -7,12 +7,13 @@ from loaders.storage.source import Held
 from mesh.plans import Plans
 from mesh.rowwise import Kind, has_batch_dimension
 from mesh.settings import ModelSettings
+from mesh.workers import Workers
 
 
 class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
-    __slots__ = ("held", "model", "plans", "settings", "together", "tried")
+    __slots__ = ("held", "model", "plans", "settings", "together", "tried", "workers")
 
     def __init__(self, model: LoadedModel, settings: ModelSettings, held: Held | None = None) -> None:
         self.model = model
@@ -24,9 +25,13 @@ class Resident:
         """Whether requests may be run together; False for good once one try has shown that they must not."""
         self.tried: dict[Kind, bool] = {}
         """Whether requests of a kind were found to be answered row by row; False: that is being tried."""
+        self.workers: Workers | None = None
+        """Threads of its own, if it waits for another process: one that hangs takes none of the others'."""
 
     def unload(self) -> None:
         """Give the memory back, and let go of the files. Blocks."""
+        if self.workers is not None:
+            self.workers.close()
         self.model.unload()
         if self.held is not None:
             self.held.close()

@@ -31,8 +31,8 @@ _LARGE: Final = 1e4
 
 def has_batch_dimension(signature: Signature) -> bool:
     """Whether the first dimension of everything the model takes and gives is free."""
-    if signature.lenient:  # its shapes are a hint
-        return True
+    if signature.lenient:  # its shapes are a hint; without names there is nothing to compare
+        return bool(signature.outputs)
     return all(spec.shape[:1] == (-1,) for spec in (*signature.inputs, *signature.outputs))
 
 

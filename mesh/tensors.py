@@ -97,7 +97,7 @@ def decode(message: bytes) -> DecodedRequest:
 
 
 def check(request: DecodedRequest, signature: Signature) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """What `LoadedModel.infer` takes: the inputs under the signature's names, and the outputs to compute, never none.
+    """What `LoadedModel.infer` takes: the inputs under the signature's names, and the outputs to compute.
 
     Raises:
         InvalidRequest: the request disagrees with the signature; names the field.
@@ -106,7 +106,7 @@ def check(request: DecodedRequest, signature: Signature) -> tuple[Mapping[str, T
     inputs = request.inputs
     if signature.lenient and len(specs) == len(inputs) == 1:
         inputs = dict(zip(specs, inputs.values(), strict=True))
-    else:
+    elif specs or not signature.lenient:
         for index, (name, array) in enumerate(inputs.items()):
             spec = specs.get(name)
             if spec is None:
@@ -124,7 +124,7 @@ def check(request: DecodedRequest, signature: Signature) -> tuple[Mapping[str, T
             raise InvalidRequest(f"inputs: missing {_names(set(specs) - set(inputs))}")
     outputs = tuple([spec.name for spec in signature.outputs])
     for index, name in enumerate(request.outputs):
-        if name not in outputs:
+        if name not in outputs and (outputs or not signature.lenient):
             raise InvalidRequest(f"{_field('outputs', index, name)}: not an output of the model: {_names(outputs)}")
     return inputs, request.outputs or signature.default_outputs or outputs
 

@@ -89,14 +89,14 @@ class _Queue:
 class Workers:
     """Threads whose results cross to the loop in batches: one wake-up for all that are ready."""
 
-    def __init__(self, threads: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, threads: int, loop: asyncio.AbstractEventLoop, name: str = "run") -> None:
         self._loop = loop
         self._queue = _Queue()
         self._done: deque[tuple[Job[Any], Any, BaseException | None]] = deque()
         self._waking = False
         self._at_work = [False] * threads
         self._threads = [
-            threading.Thread(target=self._run, args=(n,), name=f"run-{n}", daemon=True) for n in range(threads)
+            threading.Thread(target=self._run, args=(n,), name=f"{name}-{n}", daemon=True) for n in range(threads)
         ]
         for thread in self._threads:
             thread.start()

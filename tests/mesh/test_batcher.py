@@ -35,6 +35,7 @@ class Model:
         (TensorSpec("x", "FP32", (-1, -1)),), (TensorSpec("y", "FP32", (-1, -1)), TensorSpec("z", "FP32", (-1,))), "t"
     )
     size_bytes = 1
+    waits = 0
 
     def __init__(self) -> None:
         self.runs: list[list[float]] = []
@@ -65,7 +66,8 @@ class Bench:
         loop = asyncio.get_running_loop()
         self.workers = Workers(threads, loop)
         self.in_line = InLine(loop)
-        self.batcher = Batcher(self.workers, self.in_line, self.pin, self.unpin)
+        self.lost: list[Copy] = []
+        self.batcher = Batcher(self.workers, self.in_line, self.pin, self.unpin, self.lost.append)
         self.copy = Copy(ModelRecord("m", "test", "", "", 0), since_ms=0, used_ms=0)
         self.model = Model()
         self.resident = Resident(self.model, ModelSettings(**settings))

@@ -32,6 +32,18 @@ def test_fast_models_come_in_line_and_slow_ones_leave() -> None:
     assert pace.in_line
 
 
+async def test_a_model_that_waits_for_another_process_never_comes_in_line() -> None:
+    all_paces = InLine(asyncio.get_running_loop())
+    all_paces.keep_out("m")
+    for _ in range(100):
+        all_paces.pace("m", 8).measured(FAST_S / 2)
+    assert not all_paces.pace("m", 8).in_line
+    all_paces.forget("m")
+    for _ in range(100):
+        all_paces.pace("m", 8).measured(FAST_S / 2)
+    assert all_paces.pace("m", 8).in_line
+
+
 def test_a_model_that_is_slow_every_other_time_stays_out() -> None:
     pace = Pace()
     for n in range(1_000):

@@ -23,6 +23,7 @@ class Model:
 
     signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "FP32", (-1, 3)),), "test")
     size_bytes = 1
+    waits = 0
 
     def __init__(self, function: Function) -> None:
         self.function = function

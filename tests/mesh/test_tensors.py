@@ -274,6 +274,19 @@ def test_a_lenient_model_takes_its_one_input_under_any_name_datatype_and_shape()
         check(decode(made.SerializeToString()), lenient)
 
 
+def test_a_model_that_does_not_tell_what_it_takes_is_handed_everything() -> None:
+    # MLServer hands custom models the request as it came
+    made = request(("x", "FP64", np.ones(3)), ("n", "INT8", np.array(1, "i1")))
+    free = Signature((), (), "python", lenient=True)
+    inputs, asked = check(decode(made.SerializeToString()), free)
+    assert (list(inputs), asked) == (["x", "n"], ())
+    made.outputs.add(name="y")
+    assert check(decode(made.SerializeToString()), free)[1] == ("y",)
+    told = Signature((), (TensorSpec("z", "FP32", (-1,)),), "python", lenient=True)
+    with pytest.raises(InvalidRequest, match=r"outputs\[0\] 'y': not an output of the model: 'z'"):
+        check(decode(made.SerializeToString()), told)
+
+
 def test_all_outputs_are_computed_when_none_is_requested() -> None:
     made = request(("x", "FP32", np.ones((0, 2), "f4")), ("n", "INT8", np.array(1, "i1")))
     assert check(decode(made.SerializeToString()), SIGNATURE)[1] == ("y", "z")
