@@ -1,0 +1,75 @@
+"""The index of a weights file: what it holds, as JSON and back, with limits on everything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from loaders.memory.layout import MAX_TENSORS, Layout, laid_out
+
+MAX_INDEX_BYTES: Final = 32 << 20
+MAX_ARCHITECTURE_CHARS: Final = 256
+
+_KEYS: Final = {"name": str, "datatype": str, "shape": list, "offset": int, "length": int, "digest": str}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the index says."""
+
+    architecture: str
+    """Of the maker's choice: models that share a skeleton have the same; may be empty."""
+    layout: Layout
+    digests: tuple[str, ...]
+    """SHA-256 in hexadecimal, one per place."""
+
+
+def told(contents: Contents) -> bytes:
+    """The index as it stands in the file."""
+    tensors = [
+        {
+            "name": place.name,
+            "datatype": place.datatype,
+            "shape": place.shape,
+            "offset": place.offset,
+            "length": place.size_bytes,
+            "digest": digest,
+        }
+        for place, digest in zip(contents.layout.places, contents.digests, strict=True)
+    ]
+    return json.dumps({"architecture": contents.architecture, "tensors": tensors}, separators=(",", ":")).encode()
+
+
+def parsed(index: bytes) -> Contents:
+    """What an index from outside says.
+
+    Raises:
+        ValueError: naming the field and what was expected.
+    """
+    try:
+        found = json.loads(index)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"index: expected JSON: {error}") from error
+    if not isinstance(found, dict) or found.keys() != {"architecture", "tensors"}:
+        raise ValueError("index: expected an object of architecture and tensors")
+    architecture, tensors = found["architecture"], found["tensors"]
+    if not isinstance(architecture, str) or len(architecture) > MAX_ARCHITECTURE_CHARS:
+        raise ValueError(f"architecture: expected at most {MAX_ARCHITECTURE_CHARS} characters")
+    if not isinstance(tensors, list) or len(tensors) > MAX_TENSORS:
+        raise ValueError(f"tensors: expected a list of at most {MAX_TENSORS}")
+    for n, tensor in enumerate(tensors):
+        if not isinstance(tensor, dict) or {key: type(value) for key, value in tensor.items()} != _KEYS:
+            raise ValueError(
+                f"tensors[{n}]: expected {', '.join(f'{key} ({kind.__name__})' for key, kind in _KEYS.items())}"
+            )
+        if any(type(size) is not int for size in tensor["shape"]):
+            raise ValueError(f"tensors[{n}].shape: expected integers")
+        if len(tensor["digest"]) != 64:
+            raise ValueError(f"tensors[{n}].digest: expected 64 hexadecimal digits")
+    layout = laid_out((tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in tensors)
+    for n, (tensor, place) in enumerate(zip(tensors, layout.places, strict=True)):
+        if (tensor["offset"], tensor["length"]) != (place.offset, place.size_bytes):
+            said, expected = f"{tensor['offset']}, {tensor['length']}", f"{place.offset}, {place.size_bytes}"
+            raise ValueError(f"tensors[{n}].offset, length: expected {expected}, not {said}")
+    return Contents(architecture, layout, tuple(tensor["digest"] for tensor in tensors))
