@@ -41,7 +41,7 @@ def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default
     entry = format_for(format_name)
     if format_name == "synthetic" and uri in ("", "synthetic"):
         return Path("synthetic")
-    path = _local_path(uri)
+    path = local_path(uri)
     try:
         if path.is_dir() and not entry.name_in(path):
             path = _model_in(path, entry, default_model_filename)
@@ -75,7 +75,12 @@ def reading(path: Path, archive: str = "an archive") -> Iterator[None]:
         raise LoaderError(f"{path.name} is not {archive}: {error}") from error
 
 
-def _local_path(uri: str) -> Path:
+def local_path(uri: str) -> Path:
+    """An absolute path, or a `file://` URI of one.
+
+    Raises:
+        LoaderError: it is neither.
+    """
     parts = urlsplit(uri)
     if parts.scheme not in ("", "file"):
         raise LoaderError(f"storage scheme {parts.scheme!r} is not supported: expected a path or file://")

@@ -1,16 +1,39 @@
-"""A registered model's way into memory: its settings, its files, its loader. Everything here blocks."""
+"""A registered model's way into memory: its settings, its files, its loader. Everything here blocks.
+
+What is registered with a model goes over the schema that its key names (`schema_path`), that over files in its
+directory (`mesh.declared`; only if the directory is what was registered), and those over what the model itself says,
+which must not contradict them (`loaders.artifacts.agreed`).
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from loaders import canonical, loader_for
-from loaders.artifacts import resolve
+from loaders.artifacts import local_path, reading, resolve
 from loaders.base import Artifact, LoaderError
 from loaders.storage.source import Held, Storage, holding
+from mesh.declared import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    SETTINGS_FILE,
+    Declared,
+    check_inside,
+    declared_in,
+    read_text,
+    signature_in,
+)
 from mesh.resident import Resident
 from mesh.settings import ModelSettings, from_key
+from mesh.warmup import warm_up
 from placement.records import ModelRecord
+
+_ROOT: Final = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://[^/]*")
 
 
 class Models:
@@ -32,18 +55,27 @@ class Models:
         """
         settings = settings_of(model)
         with holding(self._held(model, settings)) as path:
-            return loader_for(format_of(model)).estimate_bytes(self._artifact(model, path, settings))
+            artifact, _ = self._read(model, settings, path)
+            return loader_for(format_of(model)).estimate_bytes(artifact)
 
     def load(self, model: ModelRecord) -> Resident:
-        """The model in memory.
+        """The model in memory, warm if its settings ask for that.
 
         Raises:
-            LoaderError: see `estimate_bytes`.
+            LoaderError: see `estimate_bytes`; a file beside it does not declare what it should; it fails to warm up.
         """
         settings = settings_of(model)
         held = self._held(model, settings)
         try:
-            loaded = loader_for(format_of(model)).load(self._artifact(model, held.path, settings))
+            if settings.schema_path:
+                settings = settings.over(self._schema(model, settings))
+            artifact, settings = self._read(model, settings, held.path)
+            loaded = loader_for(format_of(model)).load(artifact)
+            try:
+                warm_up(loaded, settings.warmup)
+            except BaseException:
+                loaded.unload()
+                raise
             return Resident(loaded, settings, held)
         except BaseException:
             held.close()
@@ -52,14 +84,49 @@ class Models:
     def _held(self, model: ModelRecord, settings: ModelSettings) -> Held:
         return self._storage.hold(model.path, settings.storage_key, settings.storage_params)
 
-    def _artifact(self, model: ModelRecord, path: Path | str, settings: ModelSettings) -> Artifact:
-        return Artifact(
-            path=resolve(format_of(model), str(path), allowed_code=self._allowed_code),
-            parameters=settings.parameters,
-            inputs=settings.inputs,
-            outputs=settings.outputs,
-            model_id=model.model_id,
-        )
+    def _read(self, model: ModelRecord, settings: ModelSettings, where: Path | str) -> tuple[Artifact, ModelSettings]:
+        """The model's files, and its settings: those given over what files in its directory declare."""
+        format_name = format_of(model)
+        said, uri = Declared(), str(where)
+        if uri not in ("", "synthetic") and (directory := local_path(uri)).is_dir():
+            with _declaring(directory):
+                said = declared_in([directory], directory)
+                if said.where == SETTINGS_FILE and said.uri:
+                    check_inside(directory / said.uri, directory)
+                    uri = str(directory / said.uri)
+                default = said.uri if said.where == CONFIG_FILE else ""
+                path = resolve(format_name, uri, allowed_code=self._allowed_code, default_model_filename=default)
+                said = declared_in([path.parent, directory], directory)
+        else:
+            path = resolve(format_name, uri, allowed_code=self._allowed_code)
+        # What concerns the registration is not told by files that only a load sees.
+        settings = settings.over(replace(said.settings, version="", placement={}))
+        artifact = Artifact(path, settings.parameters, settings.inputs, settings.outputs, model.model_id)
+        return artifact, settings
+
+    def _schema(self, model: ModelRecord, settings: ModelSettings) -> ModelSettings:
+        """ModelMesh's `schema_path`: a URI, a path from the root of what holds the model (bucket, claim, host), or, for
+        a model in the pod's file system, from its directory.
+        """
+        uri = settings.schema_path
+        if (root := _ROOT.match(model.path)) and not _ROOT.match(uri):
+            uri = f"{root[0]}/{uri.lstrip('/')}"
+        elif not settings.storage_key and not _ROOT.match(uri):
+            path = local_path(model.path)
+            uri = str((path if path.is_dir() else path.parent) / uri)
+        held = self._storage.hold(uri, settings.storage_key, settings.storage_params, MAX_CONFIG_BYTES)
+        with holding(held) as found, _declaring(path := local_path(str(found))):
+            return signature_in(f"schema_path {settings.schema_path[:256]!r}", read_text(path))
+
+
+@contextmanager
+def _declaring(path: Path) -> Iterator[None]:
+    """What is wrong with a file that declares something, as the load's failure."""
+    try:
+        with reading(path):
+            yield
+    except ValueError as error:
+        raise LoaderError(str(error)) from None
 
 
 def is_fetched(model: ModelRecord) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from loaders import LOADERS, recognised
-from mesh.declared import CONFIG_FILE, SETTINGS_FILE, Declared, check_inside, read_config, read_settings, said_by
+from mesh.declared import CONFIG_FILE, check_inside, declared_in
 from mesh.settings import ModelSettings, to_key
 
 MAX_ID_CHARS: Final = 253
@@ -69,22 +69,14 @@ def _model(directory: Path) -> RepositoryModel:
         ValueError: it cannot be served; one sentence.
         OSError: something in it cannot be read.
     """
-    config_path = directory / CONFIG_FILE
-    config = read_config(config_path, directory) if config_path.is_file() else None
-    home = _home(directory, config.version_policy.specific.versions if config else ())
-    settings_path = next((at / SETTINGS_FILE for at in (home, directory) if (at / SETTINGS_FILE).is_file()), None)
-    if config and settings_path:
-        raise ValueError(f"it has both {SETTINGS_FILE} and {CONFIG_FILE}: keep one")
-    said, base = Declared("", ModelSettings()), home
-    if settings_path:
-        said, base = read_settings(settings_path, directory), settings_path.parent
-    elif config:
-        said = said_by(config)
-        if said.name not in ("", directory.name):
-            raise ValueError(f"{CONFIG_FILE}: name is {said.name!r}, expected the directory's")
+    home = _home(directory, declared_in([directory], directory).versions)
+    said = declared_in([home, directory], directory)
+    if said.where == CONFIG_FILE and said.name not in ("", directory.name):
+        raise ValueError(f"{CONFIG_FILE}: name is {said.name!r}, expected the directory's")
     if said.implementation and said.implementation not in IMPLEMENTATIONS:
         expected = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"{said.where}: unknown implementation {said.implementation!r}, expected {expected}")
+    base = home if said.where == CONFIG_FILE else said.folder
     path = base / said.uri if said.uri else _only_model(home)
     check_inside(path, directory)
     if not path.exists():

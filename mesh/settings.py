@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from loaders.base import TensorSpec
 from loaders.datatypes import DTYPES
 from mesh.placement_settings import fields_of
 from mesh.tensors import MAX_DIMS
+from mesh.warmup import samples_in
 
 MAX_KEY_CHARS: Final = 64 << 10
 MAX_QUEUE_DELAY_US: Final = 10_000_000
@@ -33,6 +34,8 @@ class ModelSettings:
     """Rows for which no request waits any longer; empty: `max_batch_size`."""
     one_by_one: bool = False
     """Requests are never run together, even if the model is found to answer row by row (`mesh.rowwise`)."""
+    warmup: tuple[Mapping[str, Any], ...] = ()
+    """Runs before a copy counts as loaded, see `mesh.warmup`."""
     storage_key: str = ""
     """This and what follows: written into the key by ModelMesh's controller."""
     storage_params: Mapping[str, Any] = field(default_factory=dict)
@@ -40,6 +43,11 @@ class ModelSettings:
     model_type: str = ""
     placement: Mapping[str, Any] = field(default_factory=dict)
     """As told, see `mesh.placement_settings`; empty: nothing is told."""
+
+    def over(self, other: ModelSettings) -> ModelSettings:
+        """These, and of the other's what these do not tell."""
+        untold = {entry.name: getattr(other, entry.name) for entry in fields(self) if not getattr(self, entry.name)}
+        return replace(self, **{**untold, "parameters": {**other.parameters, **self.parameters}})
 
 
 def to_key(settings: ModelSettings) -> str:
@@ -87,7 +95,7 @@ def from_key(key: str) -> ModelSettings:
 
 
 def told_alike(where: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Members of `ModelSettings` that keys and files tell alike: the signature, and how requests are batched.
+    """Members of `ModelSettings` that keys and files tell alike: the signature, how requests are batched, warm-up.
 
     Raises:
         ValueError: see `from_key`; it begins with `where`.
@@ -99,6 +107,7 @@ def told_alike(where: str, told: Mapping[str, Any]) -> dict[str, Any]:
         "max_queue_delay_us": _delay_us(where, told.get("max_queue_delay_us"), told.get("max_batch_time")),
         "preferred_batch_sizes": _sizes(where, told.get("preferred_batch_sizes")),
         "one_by_one": _flag(where, "one_by_one", told.get("one_by_one")),
+        "warmup": samples_in(where, told.get("warmup")),
     }
 
 

@@ -24,27 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/triton_config.proto\x12\x10\x64\x65nsemesh.triton\"\xd2\x02\n\x0bModelConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12<\n\x0eversion_policy\x18\x03 \x01(\x0b\x32$.densemesh.triton.ModelVersionPolicy\x12\x16\n\x0emax_batch_size\x18\x04 \x01(\x05\x12+\n\x05input\x18\x05 \x03(\x0b\x32\x1c.densemesh.triton.ModelInput\x12-\n\x06output\x18\x06 \x03(\x0b\x32\x1d.densemesh.triton.ModelOutput\x12\x1e\n\x16\x64\x65\x66\x61ult_model_filename\x18\x08 \x01(\t\x12@\n\x10\x64ynamic_batching\x18\x0b \x01(\x0b\x32&.densemesh.triton.ModelDynamicBatching\x12\x0f\n\x07\x62\x61\x63kend\x18\x11 \x01(\t\"s\n\x12ModelVersionPolicy\x12?\n\x08specific\x18\x03 \x01(\x0b\x32-.densemesh.triton.ModelVersionPolicy.Specific\x1a\x1c\n\x08Specific\x12\x10\n\x08versions\x18\x01 \x03(\x03\"#\n\x12ModelTensorReshape\x12\r\n\x05shape\x18\x01 \x03(\x03\"\x8e\x01\n\nModelInput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\tdata_type\x18\x02 \x01(\x0e\x32\x1a.densemesh.triton.DataType\x12\x0c\n\x04\x64ims\x18\x04 \x03(\x03\x12\x35\n\x07reshape\x18\x05 \x01(\x0b\x32$.densemesh.triton.ModelTensorReshape\"\x8f\x01\n\x0bModelOutput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\tdata_type\x18\x02 \x01(\x0e\x32\x1a.densemesh.triton.DataType\x12\x0c\n\x04\x64ims\x18\x03 \x03(\x03\x12\x35\n\x07reshape\x18\x05 \x01(\x0b\x32$.densemesh.triton.ModelTensorReshape\"Z\n\x14ModelDynamicBatching\x12\x1c\n\x14preferred_batch_size\x18\x01 \x03(\x05\x12$\n\x1cmax_queue_delay_microseconds\x18\x02 \x01(\x04*\xfa\x01\n\x08\x44\x61taType\x12\x10\n\x0cTYPE_INVALID\x10\x00\x12\r\n\tTYPE_BOOL\x10\x01\x12\x0e\n\nTYPE_UINT8\x10\x02\x12\x0f\n\x0bTYPE_UINT16\x10\x03\x12\x0f\n\x0bTYPE_UINT32\x10\x04\x12\x0f\n\x0bTYPE_UINT64\x10\x05\x12\r\n\tTYPE_INT8\x10\x06\x12\x0e\n\nTYPE_INT16\x10\x07\x12\x0e\n\nTYPE_INT32\x10\x08\x12\x0e\n\nTYPE_INT64\x10\t\x12\r\n\tTYPE_FP16\x10\n\x12\r\n\tTYPE_FP32\x10\x0b\x12\r\n\tTYPE_FP64\x10\x0c\x12\x0f\n\x0bTYPE_STRING\x10\r\x12\r\n\tTYPE_BF16\x10\x0e\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/triton_config.proto\x12\x10\x64\x65nsemesh.triton\"\x87\x03\n\x0bModelConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12<\n\x0eversion_policy\x18\x03 \x01(\x0b\x32$.densemesh.triton.ModelVersionPolicy\x12\x16\n\x0emax_batch_size\x18\x04 \x01(\x05\x12+\n\x05input\x18\x05 \x03(\x0b\x32\x1c.densemesh.triton.ModelInput\x12-\n\x06output\x18\x06 \x03(\x0b\x32\x1d.densemesh.triton.ModelOutput\x12\x1e\n\x16\x64\x65\x66\x61ult_model_filename\x18\x08 \x01(\t\x12@\n\x10\x64ynamic_batching\x18\x0b \x01(\x0b\x32&.densemesh.triton.ModelDynamicBatching\x12\x33\n\x0cmodel_warmup\x18\x10 \x03(\x0b\x32\x1d.densemesh.triton.ModelWarmup\x12\x0f\n\x07\x62\x61\x63kend\x18\x11 \x01(\t\"s\n\x12ModelVersionPolicy\x12?\n\x08specific\x18\x03 \x01(\x0b\x32-.densemesh.triton.ModelVersionPolicy.Specific\x1a\x1c\n\x08Specific\x12\x10\n\x08versions\x18\x01 \x03(\x03\"#\n\x12ModelTensorReshape\x12\r\n\x05shape\x18\x01 \x03(\x03\"\x8e\x01\n\nModelInput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\tdata_type\x18\x02 \x01(\x0e\x32\x1a.densemesh.triton.DataType\x12\x0c\n\x04\x64ims\x18\x04 \x03(\x03\x12\x35\n\x07reshape\x18\x05 \x01(\x0b\x32$.densemesh.triton.ModelTensorReshape\"\x8f\x01\n\x0bModelOutput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\tdata_type\x18\x02 \x01(\x0e\x32\x1a.densemesh.triton.DataType\x12\x0c\n\x04\x64ims\x18\x03 \x03(\x03\x12\x35\n\x07reshape\x18\x05 \x01(\x0b\x32$.densemesh.triton.ModelTensorReshape\"Z\n\x14ModelDynamicBatching\x12\x1c\n\x14preferred_batch_size\x18\x01 \x03(\x05\x12$\n\x1cmax_queue_delay_microseconds\x18\x02 \x01(\x04\"\xd5\x02\n\x0bModelWarmup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12\x39\n\x06inputs\x18\x03 \x03(\x0b\x32).densemesh.triton.ModelWarmup.InputsEntry\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x1a\x85\x01\n\x05Input\x12-\n\tdata_type\x18\x01 \x01(\x0e\x32\x1a.densemesh.triton.DataType\x12\x0c\n\x04\x64ims\x18\x02 \x03(\x03\x12\x11\n\tzero_data\x18\x03 \x01(\x08\x12\x13\n\x0brandom_data\x18\x04 \x01(\x08\x12\x17\n\x0finput_data_file\x18\x05 \x01(\t\x1aR\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x32\n\x05value\x18\x02 \x01(\x0b\x32#.densemesh.triton.ModelWarmup.Input:\x02\x38\x01*\xfa\x01\n\x08\x44\x61taType\x12\x10\n\x0cTYPE_INVALID\x10\x00\x12\r\n\tTYPE_BOOL\x10\x01\x12\x0e\n\nTYPE_UINT8\x10\x02\x12\x0f\n\x0bTYPE_UINT16\x10\x03\x12\x0f\n\x0bTYPE_UINT32\x10\x04\x12\x0f\n\x0bTYPE_UINT64\x10\x05\x12\r\n\tTYPE_INT8\x10\x06\x12\x0e\n\nTYPE_INT16\x10\x07\x12\x0e\n\nTYPE_INT32\x10\x08\x12\x0e\n\nTYPE_INT64\x10\t\x12\r\n\tTYPE_FP16\x10\n\x12\r\n\tTYPE_FP32\x10\x0b\x12\r\n\tTYPE_FP64\x10\x0c\x12\x0f\n\x0bTYPE_STRING\x10\r\x12\r\n\tTYPE_BF16\x10\x0e\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.triton_config_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=927
-  _globals['_DATATYPE']._serialized_end=1177
+  _globals['_MODELWARMUP_INPUTSENTRY']._loaded_options = None
+  _globals['_MODELWARMUP_INPUTSENTRY']._serialized_options = b'8\001'
+  _globals['_DATATYPE']._serialized_start=1324
+  _globals['_DATATYPE']._serialized_end=1574
   _globals['_MODELCONFIG']._serialized_start=49
-  _globals['_MODELCONFIG']._serialized_end=387
-  _globals['_MODELVERSIONPOLICY']._serialized_start=389
-  _globals['_MODELVERSIONPOLICY']._serialized_end=504
-  _globals['_MODELVERSIONPOLICY_SPECIFIC']._serialized_start=476
-  _globals['_MODELVERSIONPOLICY_SPECIFIC']._serialized_end=504
-  _globals['_MODELTENSORRESHAPE']._serialized_start=506
-  _globals['_MODELTENSORRESHAPE']._serialized_end=541
-  _globals['_MODELINPUT']._serialized_start=544
-  _globals['_MODELINPUT']._serialized_end=686
-  _globals['_MODELOUTPUT']._serialized_start=689
-  _globals['_MODELOUTPUT']._serialized_end=832
-  _globals['_MODELDYNAMICBATCHING']._serialized_start=834
-  _globals['_MODELDYNAMICBATCHING']._serialized_end=924
+  _globals['_MODELCONFIG']._serialized_end=440
+  _globals['_MODELVERSIONPOLICY']._serialized_start=442
+  _globals['_MODELVERSIONPOLICY']._serialized_end=557
+  _globals['_MODELVERSIONPOLICY_SPECIFIC']._serialized_start=529
+  _globals['_MODELVERSIONPOLICY_SPECIFIC']._serialized_end=557
+  _globals['_MODELTENSORRESHAPE']._serialized_start=559
+  _globals['_MODELTENSORRESHAPE']._serialized_end=594
+  _globals['_MODELINPUT']._serialized_start=597
+  _globals['_MODELINPUT']._serialized_end=739
+  _globals['_MODELOUTPUT']._serialized_start=742
+  _globals['_MODELOUTPUT']._serialized_end=885
+  _globals['_MODELDYNAMICBATCHING']._serialized_start=887
+  _globals['_MODELDYNAMICBATCHING']._serialized_end=977
+  _globals['_MODELWARMUP']._serialized_start=980
+  _globals['_MODELWARMUP']._serialized_end=1321
+  _globals['_MODELWARMUP_INPUT']._serialized_start=1104
+  _globals['_MODELWARMUP_INPUT']._serialized_end=1237
+  _globals['_MODELWARMUP_INPUTSENTRY']._serialized_start=1239
+  _globals['_MODELWARMUP_INPUTSENTRY']._serialized_end=1321
 # @@protoc_insertion_point(module_scope)

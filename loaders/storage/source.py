@@ -72,7 +72,7 @@ class Storage:
         """Make fetches that are under way fail soon."""
         self._stopped.set()
 
-    def hold(self, uri: str, storage_key: str, params: Mapping[str, Any]) -> Held:
+    def hold(self, uri: str, storage_key: str, params: Mapping[str, Any], max_bytes: int | None = None) -> Held:
         """The files of a model, fetched if they are not here in the version that the store has now. Blocks.
 
         Raises:
@@ -88,9 +88,12 @@ class Storage:
         only = entries[0] if len(entries) == 1 and entries[0].key == source.key else None
         if only is not None and not only.name:  # of the web: the last part of the path
             entries = [only := Entry("", _file_name(source.place), only.size_bytes, only.etag)]
+        total_bytes = sum(entry.size_bytes for entry in entries)
+        if max_bytes is not None and total_bytes > max_bytes:
+            raise LoaderError(f"{uri!r} has {total_bytes} bytes, at most {max_bytes} are allowed")
         lease = self._open_cache().get(
             _digest(store, source.key, entries),
-            sum(entry.size_bytes for entry in entries),
+            total_bytes,
             lambda folder, room: self._fill(store, entries, folder, room, only),
         )
         if only is None:
