@@ -211,6 +211,7 @@ class Driver:
         self._fetching.shutdown(wait=True, cancel_futures=True)
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._housekeeping.shutdown(wait=True)
+        self._models.close()
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         if self._closed:

@@ -47,6 +47,10 @@ class Models:
         """End what waits for stores."""
         self._storage.stop()
 
+    def close(self) -> None:
+        """Nothing is sized or loaded any more."""
+        self._storage.close()
+
     def estimate_bytes(self, model: ModelRecord) -> int:
         """Bytes it will take loaded. Frameworks tell that from a model's files, so they are fetched for it.
 

@@ -1,12 +1,14 @@
 """Fetched artifacts on local disk: by content, up to a number of bytes, shared by the pods of a node.
 
-    DIR/<digest>/             files of an artifact; complete, since it got this name by a rename
+    DIR/<digest>/             an artifact: `files`, complete, since it got this name by a rename, and `manifest.json`,
+                              written once they are synced
     DIR/<digest>.partial/     what is being fetched; `.gone`: removed
     DIR/<digest>.lock         flock: exclusive while it is fetched or removed, shared while it is in use.
                               Its text is the bytes that the entry takes or will take, its time the last use.
     DIR/lock                  flock: exclusive while room is counted and made
 
-Locks go with their process, so a crash leaves bytes and no lock: what nobody holds is checked and cleared at start.
+Locks go with their process, so a crash leaves bytes and no lock: what nobody holds is checked and cleared at start. An
+entry may be used before it is on disk: syncing goes on beside. If the machine dies meanwhile, it has no manifest.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -25,8 +29,11 @@ from typing import Final
 from loaders.base import LoaderError
 from loaders.storage.fetch import disk_told
 
+log = logging.getLogger(__name__)
+
 _POLL_S: Final = 0.05
 _MANIFEST: Final = "manifest.json"
+_UNSYNCED: Final = "manifest.new"
 
 
 class Lease:
@@ -53,6 +60,7 @@ class Cache:
         """
         self.root = root
         self._stopped = stopped
+        self._syncing = ThreadPoolExecutor(1, "sync")
         with disk_told():
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._counting():
@@ -87,6 +95,10 @@ class Cache:
                 finally:
                     os.close(lock)
 
+    def close(self) -> None:
+        """Wait until what was fetched is on disk; nothing more may be."""
+        self._syncing.shutdown()
+
     def used_bytes(self) -> int:
         """Of all entries, those being fetched included."""
         return sum(map(_size_in, self._locks()))
@@ -103,16 +115,33 @@ class Cache:
             partial.mkdir(mode=0o700)
             fill(partial, room)
             sizes = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial / "files")}
-            (partial / _MANIFEST).write_text(json.dumps(sizes))
             room.take(sum(sizes.values()))
-            _sync(partial)
+            (partial / _UNSYNCED).write_text(json.dumps(sizes))
+            folders = {"files"} | {str(parent) for name in sizes for parent in Path(name).parents}
+            folder = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             partial.rename(self.root / digest)
-            _sync_directory(self.root)
+            self._syncing.submit(self._settle, digest, (*sizes, _UNSYNCED, *folders), folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             with suppress(OSError):
                 (self.root / f"{digest}.lock").unlink()
             raise
+
+    def _settle(self, digest: str, names: Iterable[str], folder: int) -> None:
+        """Have an entry outlast the machine. It may be removed meanwhile, and even come anew."""
+        try:
+            for name in names:
+                _sync(name, folder)
+            _sync(self.root / f"{digest}.lock")
+            os.rename(_UNSYNCED, _MANIFEST, src_dir_fd=folder, dst_dir_fd=folder)
+            os.fsync(folder)
+            _sync(self.root)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("model cache: an entry is not safe on disk and goes at the next start: %s", error)
+        finally:
+            os.close(folder)
 
     def _make_room(self, lock: int, size_bytes: int) -> None:
         """Write down what an entry takes, once that much is free; the entries used longest ago go."""
@@ -150,7 +179,8 @@ class Cache:
             if self._is_there(digest):
                 (self.root / digest).rename(gone)
             for folder in (gone, self.root / f"{digest}.partial"):
-                if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():  # a manifest got its name meanwhile; or it cannot be removed, which is said now
                     shutil.rmtree(folder)
             path.unlink()
             return size_bytes
@@ -238,16 +268,8 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
 
 
-def _sync(folder: Path) -> None:
-    for path in _files(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for path in (folder, *(each for each in folder.rglob("*") if each.is_dir())):
-        _sync_directory(path)
-
-
-def _sync_directory(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path | str, folder: int | None = None) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
         os.fsync(file)
     finally:

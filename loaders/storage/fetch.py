@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,13 @@ PART_BYTES: Final = 8 << 20
 ATTEMPTS: Final = 3
 """Of each part, after the client's own retries of its request."""
 _PAUSE_S: Final = 0.2
-_HASH_CHUNK_BYTES: Final = 4 << 20
+_HASH_CHUNK_BYTES: Final = 1 << 20
+NO_SUMS: Final[Mapping[str, str]] = {}
+_DIFFERS: Final = {
+    "sha256": "its sha256 differs from the one in storage_params",
+    "md5": "its checksum differs from the store's ETag (ETags of buckets encrypted with KMS are no checksums: "
+    '"etag_md5": false in the storage key says so)',
+}
 
 
 def find(store: Store, key: str) -> list[Entry]:
@@ -57,8 +63,11 @@ def find(store: Store, key: str) -> list[Entry]:
     return sorted(found, key=lambda each: each.name) or [entry for entry in (entry,) if entry]
 
 
-def fetch(store: Store, entries: Sequence[Entry], folder: Path, stopped: threading.Event) -> None:
-    """Write the entries into a directory, durably. What is left there after an error is the caller's to remove.
+def fetch(
+    store: Store, entries: Sequence[Entry], folder: Path, stopped: threading.Event, sha256: Mapping[str, str] = NO_SUMS
+) -> None:
+    """Write the entries into a directory; they are not on disk before someone has them synced. What is left there after
+    an error is the caller's to remove. `sha256`: what the files of some names must have, in hex.
 
     Raises:
         LoaderError: with the store's reason, or that of the disk.
@@ -68,27 +77,18 @@ def fetch(store: Store, entries: Sequence[Entry], folder: Path, stopped: threadi
     def halted() -> bool:
         return stopped.is_set() or failed.is_set()
 
-    files: list[int] = []
     with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
         try:
-            with disk_told():
-                for entry in entries:
-                    path = inside(folder, entry.name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-                    if entry.size_bytes:
-                        os.posix_fallocate(files[-1], 0, entry.size_bytes)  # a full disk is found out first
+            files = [_File(store, entry, inside(folder, entry.name), sha256.get(entry.name, "")) for entry in entries]
             try:
-                _all(pool, [_reading(store, *each, halted, stopped) for each in _parts(entries, files)])
+                _all(pool, [_reading(store, *each, halted, stopped) for each in _parts(files)])
             except RangesNotSupported:
-                for entry, file in zip(entries, files, strict=True):
-                    _retried(lambda entry=entry, file=file: _stream(store, entry, file, halted), stopped)  # type: ignore[misc]
-            _all(pool, [_closing(store, *each) for each in zip(entries, files, strict=True)])
+                for file in files:
+                    _retried(lambda file=file: _stream(store, file, halted), stopped)  # type: ignore[misc]
+            _all(pool, [file.check for file in files])
         finally:
             failed.set()
             pool.shutdown(cancel_futures=True)
-            for file in files:
-                os.close(file)
 
 
 def _all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> None:
@@ -101,27 +101,106 @@ def _all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> None:
             future.result()
 
 
-def _parts(entries: Sequence[Entry], files: Sequence[int]) -> Iterator[tuple[Entry, int, int, int]]:
-    for entry, file in zip(entries, files, strict=True):
-        for start in range(0, entry.size_bytes, PART_BYTES):
-            yield entry, file, start, min(start + PART_BYTES, entry.size_bytes)
+class _File:
+    """An entry on its way to disk: written in parts that come in any order, and hashed meanwhile."""
+
+    def __init__(self, store: Store, entry: Entry, path: Path, sha256: str) -> None:
+        self.entry = entry
+        self._path = path
+        self._expected = {"sha256": sha256, "md5": entry.md5 if store.etag_is_md5 else ""}
+        self._writing = threading.Lock()
+        self._hashing = threading.Lock()
+        self.restart()
+        with disk_told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                if entry.size_bytes:
+                    os.posix_fallocate(file, 0, entry.size_bytes)  # a full disk is found out first
+            finally:
+                os.close(file)
+
+    def restart(self) -> None:
+        """It is written from its start (again)."""
+        self._hashes = [
+            (name, hashlib.new(name, usedforsecurity=False), digest) for name, digest in self._expected.items() if digest
+        ]
+        self._hashed_bytes = 0
+        self._ends: dict[int, int] = {}
+        """Of the parts that are written and not hashed yet, by their starts."""
+
+    def write(self, data: memoryview, start: int) -> None:
+        position, end = start, start + len(data)
+        # One thread at a time: in the kernel, writers of one file would spin while they wait for each other.
+        with disk_told(), self._writing, self._opened(os.O_WRONLY) as file:
+            while position < end:
+                position += os.pwrite(file, data[position - start :], position)
+        if self._hashes:
+            self._ends[start] = end
+            if self._hashing.acquire(blocking=False):  # else `check` does, or whoever writes next
+                try:
+                    self._hash()
+                finally:
+                    self._hashing.release()
+
+    def check(self) -> None:
+        """All has been written.
+
+        Raises:
+            LoaderError: a checksum differs.
+        """
+        if self._hashes:
+            self._hash()
+        for name, hash_, expected in self._hashes:
+            if hash_.hexdigest() != expected:
+                raise LoaderError(f"{self.entry.key or self.entry.name}: {_DIFFERS[name]}", retryable=name == "md5")
+
+    def _hash(self) -> None:
+        """As far as there is no gap. What was just written is read from memory, not from disk."""
+        with disk_told(), self._opened(os.O_RDONLY) as file:
+            buffer = memoryview(bytearray(min(_HASH_CHUNK_BYTES, self.entry.size_bytes)))
+            while (end := self._ends.pop(self._hashed_bytes, None)) is not None:
+                while self._hashed_bytes < end:
+                    length = os.preadv(file, [buffer[: end - self._hashed_bytes]], self._hashed_bytes)
+                    if not length:
+                        raise OSError("a file became shorter")
+                    for _, hash_, _ in self._hashes:
+                        hash_.update(buffer[:length])
+                    self._hashed_bytes += length
+
+    @contextmanager
+    def _opened(self, flags: int) -> Iterator[int]:
+        """Not for as long as the fetch takes: there may be more files than a process may have open."""
+        file = os.open(self._path, flags | os.O_CLOEXEC)
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+
+def _parts(files: Sequence[_File]) -> Iterator[tuple[_File, int, int]]:
+    for file in files:
+        for start in range(0, file.entry.size_bytes, PART_BYTES):
+            yield file, start, min(start + PART_BYTES, file.entry.size_bytes)
 
 
 def _reading(
-    store: Store, entry: Entry, file: int, start: int, end: int, halted: Callable[[], bool], stopped: threading.Event
+    store: Store, file: _File, start: int, end: int, halted: Callable[[], bool], stopped: threading.Event
 ) -> Callable[[], None]:
     def read() -> None:
         if halted():
             raise Halted("the pod is stopping", retryable=True)
-        data = store.read(entry, start, end)
+        data = store.read(file.entry, start, end)
         if len(data) != end - start:
-            raise LoaderError(f"{entry.key}: {len(data)} bytes came, {end - start} were asked for", retryable=True)
-        _write(file, data, start)
+            raise LoaderError(f"{file.entry.key}: {len(data)} bytes came, {end - start} were asked for", retryable=True)
+        file.write(data, start)
 
     return lambda: _retried(read, stopped)
 
 
-def _stream(store: Store, entry: Entry, file: int, halted: Callable[[], bool]) -> None:
+def _stream(store: Store, file: _File, halted: Callable[[], bool]) -> None:
+    entry = file.entry
+    file.restart()
     position = 0
     for data in store.stream(entry):
         if halted():
@@ -129,16 +208,9 @@ def _stream(store: Store, entry: Entry, file: int, halted: Callable[[], bool]) -
         position += len(data)
         if position > entry.size_bytes:
             break
-        _write(file, data, position - len(data))
+        file.write(data, position - len(data))
     if position != entry.size_bytes:
         raise LoaderError(f"{entry.key}: {position} bytes came, {entry.size_bytes} were told", retryable=True)
-
-
-def _write(file: int, data: memoryview, position: int) -> None:
-    with disk_told():
-        while data:
-            written = os.pwrite(file, data, position)
-            data, position = data[written:], position + written
 
 
 def _retried(work: Callable[[], T], stopped: threading.Event) -> T:
@@ -149,29 +221,6 @@ def _retried(work: Callable[[], T], stopped: threading.Event) -> T:
             if not error.retryable or isinstance(error, Halted | DiskError) or stopped.wait(_PAUSE_S * 2**attempt):
                 raise
     return work()
-
-
-def _closing(store: Store, entry: Entry, file: int) -> Callable[[], None]:
-    def close() -> None:
-        with disk_told():
-            os.fsync(file)
-            if entry.md5 and store.etag_is_md5 and _md5(file) != entry.md5:
-                raise LoaderError(
-                    f"{entry.key}: its checksum differs from the store's ETag (ETags of buckets encrypted with KMS are "
-                    'no checksums: "etag_md5": false in the storage key says so)',
-                    retryable=True,
-                )
-
-    return close
-
-
-def _md5(file: int) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    position = 0
-    while chunk := os.pread(file, _HASH_CHUNK_BYTES, position):
-        digest.update(chunk)
-        position += len(chunk)
-    return digest.hexdigest()
 
 
 class Halted(LoaderError):

@@ -72,6 +72,11 @@ class Storage:
         """Make fetches that are under way fail soon."""
         self._stopped.set()
 
+    def close(self) -> None:
+        """Wait until what was fetched is on disk; nothing may be under way any more."""
+        if self._cache is not None:
+            self._cache.close()
+
     def hold(self, uri: str, storage_key: str, params: Mapping[str, Any], max_bytes: int | None = None) -> Held:
         """The files of a model, fetched if they are not here in the version that the store has now. Blocks.
 

@@ -120,7 +120,9 @@ sys.stdin.read()
 
 
 def test_a_crash_in_a_fetch_leaves_nothing_at_the_next_start(tmp_path: Path) -> None:
-    get(cache_in(tmp_path), 2).close()
+    cache = cache_in(tmp_path)
+    get(cache, 2).close()
+    cache.close()
     ended = subprocess.run([sys.executable, "-c", _CRASH, str(tmp_path), "crash"], check=False)
     assert ended.returncode == 7
     assert (tmp_path / f"{digest(1)}.partial" / "files" / "m").exists()
@@ -149,6 +151,47 @@ def test_entries_that_are_not_whole_are_removed_at_start(tmp_path: Path) -> None
     cache = cache_in(tmp_path)
     for number in (1, 2):
         get(cache, number).close()
+    cache.close()
     (tmp_path / digest(1) / "files" / "m").write_bytes(b"cut")
     assert cache_in(tmp_path, None).used_bytes() == 40
     assert kept(tmp_path) == [2]
+
+
+def test_an_entry_serves_before_it_is_on_disk_and_is_dropped_if_the_machine_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = threading.Event(), os.fsync
+
+    def late(file: int) -> None:
+        assert synced.wait(10)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", late)
+    cache = cache_in(tmp_path)
+    lease = get(cache, 1)
+    assert (lease.folder / "m").stat().st_size == 40
+    assert cache_in(tmp_path).used_bytes() == 40  # somebody uses it
+    lease.close()
+    get(cache, 2).close()
+    cache_in(tmp_path)  # what another start finds now is what is left if the machine dies now
+    assert kept(tmp_path) == []
+    get(cache, 2).close()
+    synced.set()
+    cache.close()
+    assert cache_in(tmp_path).used_bytes() == 40
+    assert kept(tmp_path) == [2]
+
+
+def test_an_entry_that_cannot_be_synced_does_not_outlast_the_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    cache = cache_in(tmp_path)
+    get(cache, 1).close()
+    cache.close()
+    assert "Input/output error" in caplog.text
+    cache_in(tmp_path)
+    assert kept(tmp_path) == []
