@@ -123,7 +123,9 @@ class _File:
     def restart(self) -> None:
         """It is written from its start (again)."""
         self._hashes = [
-            (name, hashlib.new(name, usedforsecurity=False), digest) for name, digest in self._expected.items() if digest
+            (name, hashlib.new(name, usedforsecurity=False), digest)
+            for name, digest in self._expected.items()
+            if digest
         ]
         self._hashed_bytes = 0
         self._ends: dict[int, int] = {}
