@@ -130,6 +130,15 @@ class PodUnavailable(MeshError):
     retry_after_ms = 500
 
 
+class ServerUnavailable(MeshError):
+    """The model server beside a pod does not answer, or says that it cannot now; that of another pod may."""
+
+    code = Code.UNAVAILABLE
+    try_elsewhere = True
+    reason = "server-unavailable"
+    retry_after_ms = 500
+
+
 class RegistryUnavailable(MeshError):
     """The registry does not answer; loaded models go on serving."""
 
@@ -170,7 +179,8 @@ MODEL_FAILURES: Final = (Exception, SystemExit)
 """What a model may raise: one that wants to exit fails its request, and does not end the pod."""
 
 BY_REASON: Final[dict[str, type[MeshError]]] = {
-    error.reason: error for error in (LoadFailed, LoadUnavailable, NoRoom, NotHere, PodUnavailable)
+    error.reason: error
+    for error in (LoadFailed, LoadUnavailable, NoRoom, NotHere, PodUnavailable, ServerUnavailable)
 }
 """How a peer's trailer becomes an error again."""
 

@@ -5,6 +5,7 @@ Source: Protocol Buffers, "Encoding" (protobuf.dev/programming-guides/encoding).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from mesh.errors import InvalidRequest
@@ -80,6 +81,51 @@ def peek_string(message: bytes, field_number: int) -> str | None:
             _memo.clear()
         _memo[key] = end, message[:contents], found
     return found
+
+
+def with_strings(message: bytes, strings: Mapping[int, str]) -> bytes:
+    """The message with these strings in top-level fields by number, in place of what it had there; "": nothing.
+
+    Raises:
+        InvalidRequest: see `peek_string`.
+    """
+    parts = [
+        b"".join((bytes((number << 3 | 2,)), _as_varint(len(value)), value))
+        for number, value in ((number, text.encode()) for number, text in strings.items())
+        if value
+    ]
+    at, end, kept = 0, len(message), 0
+    try:
+        while at < end:
+            start = at
+            tag, at = _varint(message, at)
+            if tag & 7 == 2:
+                size, at = _varint(message, at)
+            elif tag & 7 == 0:
+                size, (_, at) = 0, _varint(message, at)
+            elif tag & 7 in (1, 5):
+                size = 8 if tag & 7 == 1 else 4
+            else:
+                raise InvalidRequest(f"malformed message: field {tag >> 3} has wire type {tag & 7}")
+            at += size
+            if tag >> 3 in strings:
+                parts.append(message[kept:start])
+                kept = at
+    except IndexError:
+        at = end + 1
+    if at != end:
+        raise InvalidRequest(f"malformed message: it has {end} bytes, which is not all of it")
+    parts.append(message[kept:])
+    return b"".join(parts)
+
+
+def _as_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
