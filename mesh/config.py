@@ -15,6 +15,7 @@ from typing import Any, Final
 from loaders import LOADERS
 from mesh.frontends import FRONTENDS
 from mesh.registry import REGISTRIES
+from mesh.runtime.settings import RuntimeSettings
 from mesh.tls import Tls, TlsError, TlsFiles
 from placement import labels
 from placement.policies import POLICIES
@@ -27,6 +28,7 @@ _UNITS: Final = {"": 1, "B": 1} | {
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
 
 MAX_BYTES: Final = 1 << 50
+DEFAULT_CAPACITY: Final = "2GiB"
 _MAX_PATH_BYTES: Final = 107
 """Of a Unix socket (unix(7), sun_path)."""
 
@@ -81,7 +83,11 @@ class Config:
     tls_name: str = _setting("", "Name in other pods' certificates, if it is not the host they are reached at.")
     advertise: str = _setting("", "host:port at which other pods reach this one; found out by default.")
     labels: str = _setting("", "What kind of pod this is, and where: gpu=h200,zone=a,node=n1.")
-    capacity: str = _setting("2GiB", "Memory that loaded models may hold.")
+    capacity: str = _setting("", "Memory that loaded models may hold; by default the --runtime's, or 2GiB.")
+    runtime: str = _setting("", "Model server with ModelMesh's runtime SPI: NAME=host:port or NAME=unix:/path.")
+    runtime_data: str = _setting("", "Where it serves V2 gRPC, if not there: host:port or unix:/path.")
+    runtime_formats: str = _setting("", "Formats that it serves, e.g. tensorflow,tensorrt; the mesh leaves them to it.")
+    runtime_pulls: bool = _setting(False, "It fetches models from stores by itself, as ModelMesh's adapters can.")
     policy: str = _setting("slo_density", f"Eviction policy: {', '.join(POLICIES)}.")
     cache_dir: str = _setting("", "Where models from object stores are kept; by default densemesh in the user's cache.")
     cache_size: str = _setting("", "Disk that they may take; by default half of what is free at start.")
@@ -99,8 +105,23 @@ class Config:
     log_level: str = _setting("INFO", "DEBUG, INFO, WARNING or ERROR.")
 
     @property
-    def capacity_bytes(self) -> int:
-        return parse_bytes(self.capacity)
+    def capacity_bytes(self) -> int | None:
+        """None: not told."""
+        return parse_bytes(self.capacity) if self.capacity else None
+
+    @property
+    def runtime_settings(self) -> RuntimeSettings | None:
+        """The model server, if there is one.
+
+        Raises:
+            ValueError: names the flag and what was expected.
+        """
+        if not self.runtime:
+            for flag, told in (("--runtime-data", self.runtime_data), ("--runtime-formats", self.runtime_formats)):
+                if told:
+                    raise ValueError(f"{flag}: expected --runtime with it")
+            return None
+        return RuntimeSettings.of(self.runtime, self.runtime_data, self.runtime_formats, self.runtime_pulls)
 
     @property
     def cache_path(self) -> Path:
@@ -144,7 +165,7 @@ class Config:
     def validate(self) -> str | None:
         """The first sentence that is wrong with this configuration; None: it is fine."""
         for name, size in (
-            ("capacity", self.capacity),
+            ("capacity", self.capacity or DEFAULT_CAPACITY),
             ("max-message", self.max_message),
             ("cache-size", self.cache_size or "1GiB"),
         ):
@@ -183,7 +204,11 @@ class Config:
         if self.advertise and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", self.advertise):
             return f"--advertise: expected host:port, found {self.advertise!r}"
         try:
-            labels.parse(self.labels)
+            runtime = self.runtime_settings
+        except ValueError as error:
+            return str(error)
+        try:
+            labels.parse(",".join(filter(None, (self.labels, runtime.labels if runtime else ""))))
         except ValueError as error:
             return f"--labels: {error}"
         if self.models and not Path(self.models).is_dir():

@@ -99,7 +99,7 @@ class Driver:
         loop = asyncio.get_running_loop()
         self._workers = Workers(run_threads, loop)
         self.in_line = InLine(loop)
-        self.batcher = Batcher(self._workers, self.in_line, engine.pin, self.unpin, self._lost)
+        self.batcher = Batcher(self._workers, self.in_line, engine.pin, self.unpin, self.lost)
 
     def lead_with(
         self,
@@ -150,7 +150,7 @@ class Driver:
     def unpin(self, copy: Copy) -> None:
         self._decide(self.engine.unpin, copy)
 
-    def _lost(self, copy: Copy) -> None:
+    def lost(self, copy: Copy) -> None:
         """The model is not in memory any more, whatever the books say."""
         model_id = copy.model.model_id
         if copy.state is CopyState.LOADED:
@@ -269,7 +269,7 @@ class Driver:
 
         def finished(model_id: ModelId, loaded: Resident) -> LoadFinished:
             self._loaded[model_id] = loaded
-            if loaded.model.waits:
+            if loaded.model.waits and loaded.forward is None:
                 loaded.workers = Workers(loaded.model.waits, asyncio.get_running_loop(), "wait")
                 self.in_line.keep_out(model_id)
             elapsed_ms = (time.monotonic() - started) * 1e3

@@ -179,8 +179,7 @@ MODEL_FAILURES: Final = (Exception, SystemExit)
 """What a model may raise: one that wants to exit fails its request, and does not end the pod."""
 
 BY_REASON: Final[dict[str, type[MeshError]]] = {
-    error.reason: error
-    for error in (LoadFailed, LoadUnavailable, NoRoom, NotHere, PodUnavailable, ServerUnavailable)
+    error.reason: error for error in (LoadFailed, LoadUnavailable, NoRoom, NotHere, PodUnavailable, ServerUnavailable)
 }
 """How a peer's trailer becomes an error again."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -13,15 +14,16 @@ from loaders.base import LoaderError, Tensor
 from mesh import __version__
 from mesh.directory import Directory, check_id
 from mesh.driver import Driver
-from mesh.errors import InvalidRequest, MeshError, ModelNotFound, Unimplemented
+from mesh.errors import InvalidRequest, MeshError, ModelNotFound, NotHere, Unimplemented
 from mesh.models import settings_of
 from mesh.plans import answered, learn, split
 from mesh.residency import Residency, overall
+from mesh.resident import Resident
 from mesh.router import MODEL, Router, priority_of
 from mesh.rpc import Call, Handlers, Stream, Unary
 from mesh.settings import ModelSettings
 from mesh.tensors import check, decode, encode
-from mesh.wire import peek_string
+from mesh.wire import peek_string, with_strings
 from placement.cache import Copy
 from placement.records import CopyStatus, ModelId
 from protos import inference_pb2 as pb
@@ -32,6 +34,8 @@ INFER: Final = SERVICE + "ModelInfer"
 EXTENSIONS: Final = ("model_repository", "model_repository(unload_dependents)", "parameters")
 
 M = TypeVar("M", bound=Message)
+
+Forward = Callable[[bytes, float], Awaitable[bytes]]
 
 
 class Inference:
@@ -95,6 +99,8 @@ class Inference:
     async def _infer_here(self, copy: Copy, call: Call, message: bytes) -> bytes:
         """Decode, run, encode. `model_name` of the response is the name the client asked for."""
         resident = self._driver.resident(copy.model.model_id)
+        if resident.forward is not None:
+            return await self._forward(resident, resident.forward, copy, call, message)
         found = split(message)
         if found is None:
             return await self._infer_unplanned(copy, call, message, None)
@@ -111,6 +117,24 @@ class Inference:
             response = encode(request, results, model_name=request.model_name, model_version=version)
             learn(plan, results, model_name=request.model_name, model_version=version)
         return response
+
+    async def _forward(self, resident: Resident, forward: Forward, copy: Copy, call: Call, message: bytes) -> bytes:
+        """Have a model server answer; what it sends goes on as it comes, under the name that the client asked for."""
+        model_id, version = copy.model.model_id, resident.settings.version
+        request = pb.ModelInferRequest
+        _check_version(peek_string(message, request.MODEL_VERSION_FIELD_NUMBER) or "", resident.settings, model_id)
+        began_s = time.perf_counter()
+        try:
+            response = await forward(message, call.deadline)
+        except NotHere:
+            self._driver.lost(copy)
+            raise
+        self._driver.in_line.pace(model_id, len(message)).measured(time.perf_counter() - began_s)
+        name = peek_string(message, request.MODEL_NAME_FIELD_NUMBER) or asked_name(call, model_id)
+        told = {pb.ModelInferResponse.MODEL_NAME_FIELD_NUMBER: name}
+        if version:
+            told[pb.ModelInferResponse.MODEL_VERSION_FIELD_NUMBER] = version
+        return with_strings(response, told)
 
     async def _infer_unplanned(self, copy: Copy, call: Call, message: bytes, key: bytes | None) -> bytes:
         """The long way; if the request is right and has a key, the next one like it takes the short one."""

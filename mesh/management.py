@@ -96,6 +96,7 @@ class Management:
             check_id("modelId", request.modelId),
             request.modelInfo,
             used_ms(request.lastUsedTime, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
+            pods=self._engine.peers.pods().values(),
         )
         await self.register(asked)
         record = asked.record
@@ -201,6 +202,7 @@ class Management:
                 request.modelInfo,
                 used_ms(0, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
                 auto_delete=request.autoDeleteTargetModel,
+                pods=self._engine.peers.pods().values(),
             )
         await self._vmodels.set(request, asked)
         known = self._view.models.get(request.targetModelId)

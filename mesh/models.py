@@ -16,7 +16,7 @@ from typing import Final
 
 from loaders import canonical, loader_for
 from loaders.artifacts import local_path, reading, resolve
-from loaders.base import Artifact, LoaderError
+from loaders.base import Artifact, Loader, LoaderError
 from loaders.storage.source import Held, Storage, holding
 from mesh.declared import (
     CONFIG_FILE,
@@ -29,6 +29,8 @@ from mesh.declared import (
     signature_in,
 )
 from mesh.resident import Resident
+from mesh.runtime.model import RemoteLoader
+from mesh.runtime.runtime import Runtime
 from mesh.settings import ModelSettings, from_key
 from mesh.warmup import warm_up
 from placement.records import ModelRecord
@@ -39,13 +41,17 @@ _ROOT: Final = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://[^/]*")
 class Models:
     """Sizes and loads registered models."""
 
-    def __init__(self, storage: Storage, allowed_code: frozenset[str]) -> None:
+    def __init__(self, storage: Storage, allowed_code: frozenset[str], runtime: Runtime | None = None) -> None:
+        """`runtime`: the model server beside the pod, if there is one."""
         self._storage = storage
+        self._runtime = runtime
         self._allowed_code = allowed_code
 
     def stop(self) -> None:
-        """End what waits for stores."""
+        """End what waits for stores, and for the model server."""
         self._storage.stop()
+        if self._runtime is not None:
+            self._runtime.stop()
 
     def close(self) -> None:
         """Nothing is sized or loaded any more."""
@@ -60,7 +66,7 @@ class Models:
         settings = settings_of(model)
         with holding(self._held(model, settings)) as path:
             artifact, _ = self._read(model, settings, path)
-            return loader_for(format_of(model)).estimate_bytes(artifact)
+            return self._loader(model).estimate_bytes(artifact)
 
     def load(self, model: ModelRecord) -> Resident:
         """The model in memory, warm if its settings ask for that.
@@ -71,10 +77,10 @@ class Models:
         settings = settings_of(model)
         held = self._held(model, settings)
         try:
-            if settings.schema_path:
+            if settings.schema_path and not self._is_pulled(model):
                 settings = settings.over(self._schema(model, settings))
             artifact, settings = self._read(model, settings, held.path)
-            loaded = loader_for(format_of(model)).load(artifact)
+            loaded = self._loader(model).load(artifact)
             try:
                 warm_up(loaded, settings.warmup)
             except BaseException:
@@ -85,11 +91,28 @@ class Models:
             held.close()
             raise
 
+    def _is_remote(self, model: ModelRecord) -> bool:
+        runtime = self._runtime
+        return runtime is not None and runtime.settings.serves(model.format, format_of(model))
+
+    def _is_pulled(self, model: ModelRecord) -> bool:
+        """Whether the model server fetches it."""
+        return self._runtime is not None and self._runtime.settings.pulls and self._is_remote(model)
+
+    def _loader(self, model: ModelRecord) -> Loader:
+        if self._runtime is not None and self._is_remote(model):
+            return RemoteLoader(self._runtime, model, named_format(model))
+        return loader_for(format_of(model))
+
     def _held(self, model: ModelRecord, settings: ModelSettings) -> Held:
+        if self._is_pulled(model):
+            return Held(model.path)
         return self._storage.hold(model.path, settings.storage_key, settings.storage_params)
 
     def _read(self, model: ModelRecord, settings: ModelSettings, where: Path | str) -> tuple[Artifact, ModelSettings]:
         """The model's files, and its settings: those given over what files in its directory declare."""
+        if self._is_remote(model):  # whose files say to the server what they say
+            return Artifact(Path(where), settings.parameters, settings.inputs, settings.outputs), settings
         format_name = format_of(model)
         said, uri = Declared(), str(where)
         if uri not in ("", "synthetic") and (directory := local_path(uri)).is_dir():
@@ -151,6 +174,15 @@ def settings_of(model: ModelRecord) -> ModelSettings:
 
 
 def format_of(model: ModelRecord) -> str:
+    """Our name of the format that a model was registered with.
+
+    Raises:
+        LoaderError: see `settings_of`.
+    """
+    return canonical(named_format(model))
+
+
+def named_format(model: ModelRecord) -> str:
     """The format in ModelInfo.type: `onnx`, or as ModelMesh's controller writes it, `mt:onnx[:version][|pv:protocol]`;
     with `rt:<runtime>`, which names a server and no format, the key's `model_type`.
 
@@ -158,5 +190,5 @@ def format_of(model: ModelRecord) -> str:
         LoaderError: see `settings_of`.
     """
     if model.format.startswith("rt:"):
-        return canonical(settings_of(model).model_type)
-    return canonical(model.format.removeprefix("mt:").split("|")[0].split(":")[0])
+        return settings_of(model).model_type
+    return model.format.removeprefix("mt:").split("|")[0].split(":")[0]

@@ -17,10 +17,10 @@ from loaders import loader_for
 from loaders.base import LoaderError
 from loaders.storage.source import Storage
 from mesh import metrics, reflection
-from mesh.config import Config, reachable_host
+from mesh.config import DEFAULT_CAPACITY, Config, parse_bytes, reachable_host
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
-from mesh.errors import Code, MeshError
+from mesh.errors import Code, MeshError, ServerUnavailable
 from mesh.frontends import Server, open_client, open_server
 from mesh.health import Health
 from mesh.hits import Hits
@@ -37,12 +37,14 @@ from mesh.repository import scan
 from mesh.residency import Residency
 from mesh.router import Router
 from mesh.rpc import Call, Client, Handlers
+from mesh.runtime.runtime import Runtime
 from mesh.settings import to_key
 from mesh.tls import Tls, TlsError
 from mesh.vmodels import VModels
 from placement.engine import Engine
 from placement.limits import Limits
 from placement.policies import POLICIES
+from placement.records import PodId
 from placement.view import ClusterView
 from protos import management_pb2 as pb
 
@@ -91,6 +93,7 @@ class Pod:
         self.config = config
         self._registry = registry
         self._tls: Tls | None = None
+        self._runtime: Runtime | None = None
         self._stopping = asyncio.Event()
         self.serving = asyncio.Event()
         """Set while requests are taken."""
@@ -130,12 +133,14 @@ class Pod:
                 await self._live(registry, server, client, tasks)
                 raise _Stopped  # cancels whatever is still under way in the background
         except* _Stopped:
-            log.info("pod %s has stopped", self.engine.pod_id)
+            log.info("pod %s has stopped", self.address)
         except* CannotStart as errors:
             refused = next(error for error in errors.exceptions if isinstance(error, CannotStart))
         finally:
             await server.stop(0)
             await client.close()
+            if self._runtime is not None:
+                await self._runtime.close()
             if self._registry is None:
                 await registry.close()
         if refused is not None:
@@ -147,7 +152,12 @@ class Pod:
         if self.config.uds:
             _bind_unix(self.config.uds, server)
         self.address = self.config.advertise or _join(reachable_host(host, self.config.registry), port)
-        parts = self._assemble(registry, client, tasks, port)
+        pod_id = self.config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
+        if (settings := self.config.runtime_settings) is not None:
+            self._runtime = Runtime(settings, open_client(self.config.frontend))
+            if not await self._unless_stopped(_started(self._runtime)):
+                return
+        parts = self._assemble(registry, client, tasks, pod_id)
         self.metrics_port, close_metrics = _bind(
             "metrics", host, self.config.metrics_port, lambda port: metrics.serve(parts.observed, host, port)
         )
@@ -176,16 +186,18 @@ class Pod:
             async with asyncio.timeout_at(until_s):
                 await parts.mirror.until(lambda: self.engine.is_replaced(now_ms()))
 
-    def _assemble(self, registry: Registry, client: Client, tasks: asyncio.TaskGroup, port: int) -> _Parts:
+    def _assemble(self, registry: Registry, client: Client, tasks: asyncio.TaskGroup, pod_id: PodId) -> _Parts:
         """Put the parts together; nothing runs yet."""
         config = self.config
-        pod_id = config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
+        runtime = self._runtime
         limits = Limits(
-            config.capacity_bytes,
+            config.capacity_bytes or (runtime and runtime.status.capacityInBytes) or parse_bytes(DEFAULT_CAPACITY),
             labels=config.labels,
             run_threads=config.run_threads,
             load_slots=config.load_slots,
         )
+        if runtime is not None:
+            limits = runtime.limits(limits)
         engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(pod_id))
         self.engine = engine
         publisher = Publisher(registry, config.lease_ttl_s)
@@ -203,7 +215,7 @@ class Pod:
             engine,
             publisher,
             tasks,
-            models=Models(storage, config.allowed_code),
+            models=Models(storage, config.allowed_code, runtime),
             run_threads=config.run_threads,
         )
 
@@ -236,6 +248,8 @@ class Pod:
         publishing = tasks.create_task(parts.publisher.run())
         for work in (parts.mirror.run(), parts.driver.tick()):
             tasks.create_task(work)
+        if self._runtime is not None:
+            tasks.create_task(self._runtime.watch(parts.driver.models_changed))
         await self._register_models(parts.management)
         parts.driver.publish_pod()
         await parts.publisher.flushed()
@@ -276,10 +290,19 @@ class Pod:
         for model in models:
             try:
                 info = pb.ModelInfo(type=model.format, path=str(model.path), key=to_key(model))
-                await management.register(registration(model.model_id, info, now_ms()))
+                pods = self.engine.peers.pods().values()
+                await management.register(registration(model.model_id, info, now_ms(), pods=pods))
             except (MeshError, RegistryError) as error:
                 log.warning("model %s is not registered: %s", model.model_id, error)
         log.info("%d models registered from %s", len(models), self.config.models)
+
+
+async def _started(runtime: Runtime) -> bool:
+    try:
+        await runtime.start()
+    except ServerUnavailable as error:
+        raise CannotStart(str(error)) from None
+    return True
 
 
 def _reflect(call: Call, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -7,6 +7,7 @@ record in place, and copies go on serving; one that tells nothing of placement l
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,8 +15,9 @@ from loaders import LOADERS
 from mesh.errors import AlreadyExists, InvalidRequest
 from mesh.models import format_of
 from mesh.placement_settings import NAMES, fields_of
+from mesh.runtime.settings import required
 from mesh.settings import from_key
-from placement.records import ModelRecord
+from placement.records import ModelRecord, PodRecord
 from protos import management_pb2 as pb
 
 MAX_PATH_BYTES: Final = 4096
@@ -47,8 +49,10 @@ class Registration:
         return replace(known, **{name: getattr(asked, name) for name in NAMES if name != "tenant"})
 
 
-def registration(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_delete: bool = False) -> Registration:
-    """The registration that ModelInfo {type, path, key} asks for.
+def registration(
+    model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_delete: bool = False, pods: Iterable[PodRecord] = ()
+) -> Registration:
+    """The registration that ModelInfo {type, path, key} asks for; `pods` are those whose model servers count.
 
     Raises:
         InvalidRequest: names the field and what was expected.
@@ -61,8 +65,11 @@ def registration(model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_d
         record = replace(record, key=_without_placement(info.key), **fields_of(placement))
     except ValueError as error:
         raise InvalidRequest(f"modelInfo.{error}") from None
-    if format_of(record) not in LOADERS:
-        raise InvalidRequest(f"modelInfo.type {info.type!r}: expected one of {', '.join(sorted(LOADERS))}")
+    if label := required(record.format, format_of(record), pods):
+        record = replace(record, requires=",".join(sorted({*filter(None, record.requires.split(",")), label})))
+    elif format_of(record) not in LOADERS:
+        ours = ", ".join(sorted(LOADERS))
+        raise InvalidRequest(f"modelInfo.type {info.type!r}: expected one of {ours}, or what a pod's --runtime has")
     return Registration(record, bool(placement))
 
 

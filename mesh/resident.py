@@ -6,6 +6,7 @@ from loaders.base import LoadedModel
 from loaders.storage.source import Held
 from mesh.plans import Plans
 from mesh.rowwise import Kind, has_batch_dimension
+from mesh.runtime.model import RemoteModel
 from mesh.settings import ModelSettings
 from mesh.workers import Workers
 
@@ -13,7 +14,7 @@ from mesh.workers import Workers
 class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
-    __slots__ = ("held", "model", "plans", "settings", "together", "tried", "workers")
+    __slots__ = ("forward", "held", "model", "plans", "settings", "together", "tried", "workers")
 
     def __init__(self, model: LoadedModel, settings: ModelSettings, held: Held | None = None) -> None:
         self.model = model
@@ -25,6 +26,8 @@ class Resident:
         """Whether requests may be run together; False for good once one try has shown that they must not."""
         self.tried: dict[Kind, bool] = {}
         """Whether requests of a kind were found to be answered row by row; False: that is being tried."""
+        self.forward = model.forward if isinstance(model, RemoteModel) else None
+        """Has a server answer requests as they come; None: the model is run (`mesh.batcher`)."""
         self.workers: Workers | None = None
         """Threads of its own, if it waits for another process: one that hangs takes none of the others'."""
 

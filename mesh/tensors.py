@@ -153,6 +153,32 @@ def encode(request: DecodedRequest, outputs: Mapping[str, Tensor], *, model_name
     return response.SerializeToString()
 
 
+def encode_request(inputs: Mapping[str, Tensor], outputs: Iterable[str]) -> bytes:
+    """A ModelInferRequest to no model in particular, its tensors raw."""
+    request = ModelInferRequest()
+    for name, array in inputs.items():
+        datatype = _datatype(name, inputs)
+        request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        request.raw_input_contents.append(_raw(name, datatype, array))
+    for name in outputs:
+        request.outputs.add(name=name)
+    return request.SerializeToString()
+
+
+def decode_response(message: bytes) -> dict[str, Tensor]:
+    """The tensors of a ModelInferResponse.
+
+    Raises:
+        ModelFailed: it is none, or disagrees with itself.
+    """
+    try:
+        response = ModelInferResponse.FromString(message)
+        raws: Sequence[bytes | None] = response.raw_output_contents[:] or [None] * len(response.outputs)
+        return {output.name: _array(output, raw) for output, raw in zip(response.outputs, raws, strict=True)}
+    except (DecodeError, InvalidRequest, ValueError) as error:
+        raise ModelFailed(f"the model's answer cannot be read: {error}") from None
+
+
 def _admitted(
     kind: str, tensors: Sequence[ModelInferRequest.InferInputTensor | ModelInferRequest.InferRequestedOutputTensor]
 ) -> tuple[str, ...]:
@@ -172,8 +198,10 @@ def _admitted(
     return tuple(names)
 
 
-def _array(tensor: ModelInferRequest.InferInputTensor, raw: bytes | None) -> Tensor:
-    """One input as an array. Errors lack the field's name; nothing is allocated before sizes were compared."""
+def _array(
+    tensor: ModelInferRequest.InferInputTensor | ModelInferResponse.InferOutputTensor, raw: bytes | None
+) -> Tensor:
+    """One tensor as an array. Errors lack the field's name; nothing is allocated before sizes were compared."""
     datatype, shape = tensor.datatype, tensor.shape[:]
     dtype = DTYPES.get(datatype)
     if dtype is None:

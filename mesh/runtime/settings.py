@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from loaders import canonical
-from placement.labels import parse
 from placement.records import PodRecord
 
 LABEL: Final = "runtime"
@@ -66,14 +65,9 @@ class RuntimeSettings:
 
 def required(model_type: str, format_name: str, pods: Iterable[PodRecord]) -> str:
     """The label by which pods tell that their server has such models; empty: none has."""
-    told: set[str] = set()
-    for pod in pods:
-        try:
-            told.update(f"{key}={value}" for key, value in parse(pod.labels).items())
-        except ValueError:  # of a later version
-            continue
-    asked = (f"{LABEL}={model_type.removeprefix('rt:')}" if model_type.startswith("rt:") else "",)
-    return next((label for label in (*asked, f"{LABEL}.{format_name}=yes") if label in told), "")
+    told = {label for pod in pods if LABEL in pod.labels for label in pod.labels.split(",")}
+    by_name = f"{LABEL}={model_type.removeprefix('rt:')}" if model_type.startswith("rt:") else ""
+    return next((label for label in (by_name, f"{LABEL}.{format_name}=yes") if label in told), "")
 
 
 def _address(flag: str, endpoint: str) -> str:
