@@ -1,5 +1,5 @@
-"""A model server as ModelMesh's adapters make them, in a process of its own: the runtime SPI and V2 on one address, over
-grpcio. Its models answer their one input times `scale`.
+"""A model server as ModelMesh's adapters make them, in a process of its own: the runtime SPI and V2 on one address,
+over grpcio. Its models answer their one input times `scale`.
 
 What it does wrong is told by the key's `parameters` of a model (`Model`), and by JSON lines on its standard input:
 {"forget": "m"}, {"freeze": true} (no unload is answered any more).
@@ -64,6 +64,13 @@ class Settings:
     limits: bool = False
     methods: list[str] = field(default_factory=lambda: ["inference.GRPCInferenceService/ModelInfer"])
     metadata: bool = True
+
+
+_UNKNOWN: Final = {
+    "NOT_FOUND": (grpc.StatusCode.NOT_FOUND, "no"),
+    "triton": (grpc.StatusCode.UNAVAILABLE, "Request for unknown model: '{}' is not found"),
+    "mlserver": (grpc.StatusCode.INVALID_ARGUMENT, "Model {} not found"),
+}
 
 
 class Server:
@@ -146,14 +153,9 @@ class Server:
     async def model_infer(self, request: Any, context: Any) -> Any:
         model = self.models.get(request.model_name)
         if model is None:
-            name = request.model_name
-            await {
-                "NOT_FOUND": lambda: context.abort(grpc.StatusCode.NOT_FOUND, "no"),
-                "triton": lambda: context.abort(
-                    grpc.StatusCode.UNAVAILABLE, f"Request for unknown model: '{name}' is not found"
-                ),
-                "mlserver": lambda: context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"Model {name} not found"),
-            }[self.settings.quirk]()
+            code, said = _UNKNOWN[self.settings.quirk]
+            await context.abort(code, said.format(request.model_name))
+            raise AssertionError("abort raises")
         if model.fail_infer:
             await context.abort(grpc.StatusCode[model.fail_infer], "the server's own words: not found")
         self.running[request.model_name] += 1
@@ -168,7 +170,7 @@ class Server:
         x = np.frombuffer(request.raw_input_contents[0], "<f4")
         answer = v2.ModelInferResponse(model_name=request.model_name, model_version="1", id=request.id)
         answer.outputs.add(name="OUTPUT0", datatype="FP32", shape=request.inputs[0].shape)
-        answer.raw_output_contents.append((x * np.float32(model.scale)).tobytes())
+        answer.raw_output_contents.append(np.multiply(x, model.scale, dtype=np.float32).tobytes())
         answer.parameters["most"].int64_param = self.most[request.model_name]
         return answer
 

@@ -74,6 +74,9 @@ def test_the_defaults_are_right_and_explained() -> None:
         {"allow_code": " joblib , pt2"},
         {"log_level": "debug"},
         {"drain_timeout_s": 0.0},
+        {"capacity": ""},
+        {"runtime": "triton-2.x=port:8085", "runtime_data": "localhost:8001", "runtime_formats": "tensorflow,keras"},
+        {"runtime": "m=unix:///tmp/mmesh/grpc.sock", "runtime_formats": " pytorch ", "labels": "gpu=h200"},
     ],
 )
 def test_right_values(good: dict[str, Any]) -> None:
@@ -109,6 +112,10 @@ def test_right_values(good: dict[str, Any]) -> None:
         {"advertise": "a b:1"},
         {"models": "/no/such/directory"},
         {"log_level": "LOUD"},
+        {"runtime": "localhost:8085"},
+        {"runtime": "a b=localhost:8085"},
+        {"runtime_data": "localhost:8085"},
+        {"runtime_formats": "tensorflow"},
     ],
 )
 def test_wrong_values_are_told_with_the_flag_and_what_was_expected(wrong: dict[str, Any]) -> None:
@@ -118,6 +125,22 @@ def test_wrong_values_are_told_with_the_flag_and_what_was_expected(wrong: dict[s
     assert said.startswith(f"--{name.replace('_', '-')}: ")
     assert "expected" in said or "is not a directory" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"runtime": "t=8085"}, "--runtime: expected host:port, port:8085 or unix:/path, found '8085'"),
+        ({"runtime": "t=unix:relative"}, "--runtime: expected host:port"),
+        ({"runtime_data": "nowhere"}, "--runtime-data: expected host:port"),
+        ({"runtime_formats": ""}, "--runtime-formats: expected names of formats"),
+        ({"runtime_formats": "a b"}, "--runtime-formats: expected names of formats"),
+        ({"labels": "runtime=mine"}, "--labels: label 'runtime' is given twice"),
+    ],
+)
+def test_a_model_server_is_told_whole(more: dict[str, Any], says: str) -> None:
+    how = {"runtime": "triton=localhost:8085", "runtime_formats": "tensorflow", **more}
+    assert (Config(**how).validate() or "").startswith(says)
 
 
 def test_a_password_is_not_repeated() -> None:

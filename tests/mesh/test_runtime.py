@@ -1,5 +1,5 @@
-"""Models of a server beside the pod, over a real pod, a real server process and a real V2 client. Authority: ModelMesh's
-runtime SPI (mmesh.ModelRuntime) and what its sidecar did about servers' quirks; issue 5, `remote`."""
+"""Models of a server beside the pod, over a real pod, a real server process and a real V2 client. Authority:
+ModelMesh's runtime SPI (mmesh.ModelRuntime) and what its sidecar did about servers' quirks; issue 5, `remote`."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ async def test_a_server_that_fetches_is_told_what_was_registered(runtime: FakeRu
 
 @pytest.mark.parametrize("predicts", [True, False])
 async def test_sizes_are_predicted_and_then_told(tmp_path: Path, predicts: bool) -> None:
-    """predictModelSize is optional, and asked no more if it is UNIMPLEMENTED; modelSize is for loads that do not tell."""
+    """predictModelSize is optional, and asked no more if it is UNIMPLEMENTED; modelSize is for loads that tell none."""
     with FakeRuntime(tmp_path, predicts=predicts) as runtime:
         async with running("a", Loads(), **settings(runtime)) as mesh:
             await register(mesh, "m", size_bytes=700, size_later=True)
@@ -145,10 +145,9 @@ async def test_a_server_that_will_not_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], says: str
 ) -> None:
     monkeypatch.setattr(under_test, "START_S", 0.3)
-    with FakeRuntime(tmp_path, **how) as runtime:
-        with pytest.raises(CannotStart, match=says):
-            async with running("a", Loads(), **settings(runtime)):
-                pass
+    with FakeRuntime(tmp_path, **how) as runtime, pytest.raises(CannotStart, match=says):
+        async with running("a", Loads(), **settings(runtime)):
+            pass
 
 
 @pytest.mark.parametrize(
@@ -188,7 +187,9 @@ async def test_a_load_ends_at_the_servers_own_limit(tmp_path: Path) -> None:
 async def test_a_pod_that_stops_ends_its_loads(runtime: FakeRuntime) -> None:
     async with running("a", Loads(), **settings(runtime)) as mesh:
         info = mm.ModelInfo(type="pmml", path="/m", key='{"parameters": {"load_s": 60}}')
-        await mesh.clients["a"].call("registerModel", mm.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True))
+        await mesh.clients["a"].call(
+            "registerModel", mm.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True)
+        )
         await until(lambda: runtime.count("loadModel m") == 1)
         await mesh.stop("a")
         await until(lambda: sorted(runtime.calls[-2:]) == ["cancelled m", "unloadModel m"])

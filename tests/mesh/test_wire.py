@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mesh.errors import InvalidRequest
-from mesh.wire import PartialPeek, peek_string
+from mesh.wire import PartialPeek, peek_string, with_strings
 from protos.inference_pb2 import ModelInferRequest, RepositoryModelLoadRequest
 
 
@@ -51,6 +52,20 @@ known = st.one_of(
 def test_fields_in_any_order_and_number_read_as_protobuf_reads_them(message: bytes) -> None:
     # Protocol Buffers, Encoding: "Last One Wins", "Field Order"
     assert (peek_string(message, 1) or "") == ModelInferRequest.FromString(message).model_name
+
+
+@given(st.lists(st.one_of(names, known, unknown), max_size=8).map(b"".join), texts, texts)
+def test_strings_put_in_are_all_that_protobuf_finds_changed(message: bytes, name: str, version: str) -> None:
+    expected = ModelInferRequest.FromString(message)
+    expected.model_name, expected.model_version = name, version
+    found = ModelInferRequest.FromString(with_strings(message, {1: name, 2: version}))
+    # A field of a known number and another wire type is unknown to protobuf: it goes too.
+    expected.DiscardUnknownFields()
+    found.DiscardUnknownFields()
+    assert found == expected
+    cut = message[:-1]
+    with contextlib.suppress(InvalidRequest):
+        assert len(with_strings(cut, {})) == len(cut)
 
 
 @given(st.binary(max_size=64), st.integers(1, 7))
