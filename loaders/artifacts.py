@@ -114,13 +114,18 @@ def _expected(entry: Format) -> str:
     return " or ".join([*files, *(f"directory with {marker}" for marker in entry.markers)])
 
 
+def own_parameters(artifact: Artifact) -> dict[str, Any]:
+    """The artifact's parameters that are the loader's own."""
+    return {name: value for name, value in artifact.parameters.items() if name not in _NOT_OURS}
+
+
 def parameters(artifact: Artifact, format_name: str, *accepted: str) -> dict[str, Any]:
-    """The artifact's parameters that are the loader's own; a missing one is missing here too.
+    """`own_parameters`, checked; a missing one is missing here too.
 
     Raises:
         LoaderError: a name that is neither accepted nor one of ModelMesh's.
     """
-    own = {name: value for name, value in artifact.parameters.items() if name not in _NOT_OURS}
+    own = own_parameters(artifact)
     for name in own:
         if name not in accepted:
             expected = ", ".join(accepted) or "none"

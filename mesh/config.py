@@ -91,6 +91,10 @@ class Config:
     policy: str = _setting("slo_density", f"Eviction policy: {', '.join(POLICIES)}.")
     cache_dir: str = _setting("", "Where models from object stores are kept; by default densemesh in the user's cache.")
     cache_size: str = _setting("", "Disk that they may take; by default half of what is free at start.")
+    prepare: bool = _setting(
+        True, "Convert models to what serves them faster, in the background, and keep that on disk."
+    )
+    prepared_size: str = _setting("1GiB", "Disk that it may take, below --cache-dir.")
     storage_config: str = _setting("", "Storage keys: a directory with a JSON file for each, or one JSON file of all.")
     pvc_root: str = _setting("/pvc_mounts", "Directory in which pvc:// claims are mounted by name.")
     load_slots: int = _setting(2, "Models that load at once.")
@@ -135,6 +139,10 @@ class Config:
         return parse_bytes(self.cache_size) if self.cache_size else None
 
     @property
+    def prepared_bytes(self) -> int:
+        return parse_bytes(self.prepared_size)
+
+    @property
     def max_message_bytes(self) -> int:
         return parse_bytes(self.max_message)
 
@@ -168,6 +176,7 @@ class Config:
             ("capacity", self.capacity or DEFAULT_CAPACITY),
             ("max-message", self.max_message),
             ("cache-size", self.cache_size or "1GiB"),
+            ("prepared-size", self.prepared_size),
         ):
             try:
                 parse_bytes(size)

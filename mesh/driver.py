@@ -19,6 +19,7 @@ from mesh.batcher import Batcher
 from mesh.errors import ModelNotFound
 from mesh.in_line import InLine
 from mesh.models import Models, is_fetched
+from mesh.preparing import Preparing
 from mesh.publisher import Publisher
 from mesh.resident import Resident
 from mesh.workers import Workers
@@ -96,6 +97,7 @@ class Driver:
         self._loading = ThreadPoolExecutor(slots, "load")
         self._fetching = ThreadPoolExecutor(slots, "fetch")
         self._housekeeping = ThreadPoolExecutor(2, "housekeeping")
+        self.preparing = Preparing(models)
         loop = asyncio.get_running_loop()
         self._workers = Workers(run_threads, loop)
         self.in_line = InLine(loop)
@@ -211,6 +213,7 @@ class Driver:
         self._fetching.shutdown(wait=True, cancel_futures=True)
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._housekeeping.shutdown(wait=True)
+        self.preparing.close()
         self._models.close()
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
@@ -274,10 +277,32 @@ class Driver:
                 self.in_line.keep_out(model_id)
             elapsed_ms = (time.monotonic() - started) * 1e3
             size_bytes = loaded.model.size_bytes
-            log.info("copy %s LOADING -> LOADED in %.0f ms, %d bytes", model_id, elapsed_ms, size_bytes)
+            what = f"copy {model_id} LOADING -> LOADED" + (f" ({loaded.form})" if loaded.form else "")
+            log.info("%s in %.0f ms, %d bytes", what, elapsed_ms, size_bytes)
+            if not loaded.form:
+                self._tasks.create_task(self._prepare(model, loaded))
             return LoadFinished(model_id, size_bytes)
 
         await self._attempt(model, self._loading, self._load_model, finished)
+
+    async def _prepare(self, model: ModelRecord, resident: Resident) -> None:
+        """Have a better form of a loaded model made; if the copy is still the same then, load that instead. What comes
+        meanwhile waits for the load."""
+        model_id = model.model_id
+
+        def is_current() -> bool:
+            return not self._closed and self._loaded.get(model_id) is resident
+
+        if self._closed or not await self.preparing.has_better(model, is_current) or not is_current() or self.engine.draining:
+            return
+        copy = self.engine.cache.copies[model_id]
+        if copy.state is not CopyState.LOADED:
+            return
+        self.step(CopyUnwanted(model_id))
+        while self.engine.cache.copies.get(model_id) is copy:
+            await self.changed(model_id)
+        if model_id in self.engine.view.models:
+            self.want(model_id, last_used_ms=copy.used_ms)
 
     async def _attempt(
         self,

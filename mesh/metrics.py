@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from mesh.errors import Code, MeshError
 from mesh.histogram import Histogram
 from mesh.in_line import InLine
+from mesh.preparing import Preparing
 from mesh.rpc import Call, Handlers, Unary
 from mesh.tls import Tls
 from placement.engine import Engine
@@ -37,11 +38,13 @@ class Metrics(Collector):
         in_line: InLine | None = None,
         batch_sizes: Histogram | None = None,
         tls: Tls | None = None,
+        preparing: Preparing | None = None,
     ) -> None:
         self._engine = engine
         self._in_line = in_line
         self._batch_sizes = batch_sizes
         self._tls = tls
+        self._preparing = preparing
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._cells: dict[tuple[str, Code], Histogram] = {}
@@ -111,6 +114,8 @@ class Metrics(Collector):
             sizes = HistogramMetricFamily("densemesh_batch_size", "Requests in one run of a model.")
             sizes.add_metric((), self._batch_sizes.buckets(), self._batch_sizes.sum)
             yield sizes
+        if self._preparing is not None:
+            yield from _prepared(self._preparing)
         if self._tls is not None and self._tls.until is not None:
             yield GaugeMetricFamily(
                 "densemesh_tls_certificate_expiry_timestamp_seconds",
@@ -158,6 +163,19 @@ def _by_state(name: str, explanation: str, values: Iterable[tuple[CopyState, int
         if state is not CopyState.GONE:
             gauge.add_metric((state.value,), value)
     return gauge
+
+
+def _prepared(preparing: Preparing) -> Iterator[Metric]:
+    jobs = CounterMetricFamily(
+        "densemesh_preparations", "Models that better forms were looked for, by outcome.", labels=("format", "outcome")
+    )
+    for (format_name, outcome), count in list(preparing.outcomes.items()):
+        jobs.add_metric((format_name, outcome), count)
+    yield jobs
+    seconds = CounterMetricFamily("densemesh_preparation_seconds", "Time that this took.", labels=("format",))
+    for format_name, busy_s in list(preparing.busy_s.items()):
+        seconds.add_metric((format_name,), busy_s)
+    yield seconds
 
 
 def _in_line(in_line: InLine) -> Iterator[Metric]:

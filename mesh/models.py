@@ -7,16 +7,19 @@ which must not contradict them (`loaders.artifacts.agreed`).
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from loaders import canonical, loader_for
 from loaders.artifacts import local_path, reading, resolve
-from loaders.base import Artifact, Loader, LoaderError
+from loaders.base import Artifact, LoadedModel, Loader, LoaderError
+from loaders.prepare import Damaged
+from loaders.prepare.preparation import Outcome, Preparation, Prepared
 from loaders.storage.source import Held, Storage, holding
 from mesh.declared import (
     CONFIG_FILE,
@@ -28,34 +31,52 @@ from mesh.declared import (
     read_text,
     signature_in,
 )
-from mesh.resident import Resident
+from mesh.resident import Files, Resident
 from mesh.runtime.model import RemoteLoader
 from mesh.runtime.runtime import Runtime
 from mesh.settings import ModelSettings, from_key
 from mesh.warmup import warm_up
 from placement.records import ModelRecord
 
+log = logging.getLogger(__name__)
+
 _ROOT: Final = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://[^/]*")
 
 
 class Models:
-    """Sizes and loads registered models."""
+    """Sizes and loads registered models, in a prepared form where there is one."""
 
-    def __init__(self, storage: Storage, allowed_code: frozenset[str], runtime: Runtime | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        allowed_code: frozenset[str],
+        runtime: Runtime | None = None,
+        preparation: Preparation | None = None,
+    ) -> None:
         """`runtime`: the model server beside the pod, if there is one."""
         self._storage = storage
         self._runtime = runtime
         self._allowed_code = allowed_code
+        self._preparation = preparation
+
+    @property
+    def prepares(self) -> bool:
+        """Whether better forms of models are made at all."""
+        return self._preparation is not None
 
     def stop(self) -> None:
-        """End what waits for stores, and for the model server."""
+        """End what waits for stores and for the model server, or is being prepared."""
         self._storage.stop()
         if self._runtime is not None:
             self._runtime.stop()
+        if self._preparation is not None:
+            self._preparation.stop()
 
     def close(self) -> None:
-        """Nothing is sized or loaded any more."""
+        """Nothing is sized, loaded or prepared any more."""
         self._storage.close()
+        if self._preparation is not None:
+            self._preparation.close()
 
     def estimate_bytes(self, model: ModelRecord) -> int:
         """Bytes it will take loaded. Frameworks tell that from a model's files, so they are fetched for it.
@@ -66,6 +87,12 @@ class Models:
         settings = settings_of(model)
         with holding(self._held(model, settings)) as path:
             artifact, _ = self._read(model, settings, path)
+            if (prepared := self._prepared(model, artifact)) is not None:
+                try:
+                    with closing(prepared):
+                        return prepared.estimate_bytes()
+                except Damaged as error:
+                    self._drop(model, artifact, error)
             return self._loader(model).estimate_bytes(artifact)
 
     def load(self, model: ModelRecord) -> Resident:
@@ -75,21 +102,70 @@ class Models:
             LoaderError: see `estimate_bytes`; a file beside it does not declare what it should; it fails to warm up.
         """
         settings = settings_of(model)
-        held = self._held(model, settings)
+        files: Files = (held := self._held(model, settings))
         try:
             if settings.schema_path and not self._is_pulled(model):
                 settings = settings.over(self._schema(model, settings))
             artifact, settings = self._read(model, settings, held.path)
-            loaded = self._loader(model).load(artifact)
+            found = self._load_prepared(model, artifact)
+            if found is None:
+                loaded, form = self._loader(model).load(artifact), ""
+            else:
+                files.close()  # which nothing reads any more
+                loaded, files, form = *found, found[1].form
             try:
                 warm_up(loaded, settings.warmup)
             except BaseException:
                 loaded.unload()
                 raise
-            return Resident(loaded, settings, held)
+            return Resident(loaded, settings, files, form)
         except BaseException:
-            held.close()
+            files.close()
             raise
+
+    def prepare(self, model: ModelRecord, is_wanted: Callable[[], bool]) -> Outcome | None:
+        """Have a better form of a model made, however long it takes, if that is possible, and `is_wanted` when its turn
+        comes; None: it was not tried."""
+        if self._preparation is None or self._is_remote(model) or not is_wanted():
+            return None
+        try:
+            settings = settings_of(model)
+            with holding(self._held(model, settings)) as path:
+                artifact, _ = self._read(model, settings, path)
+                return self._preparation.prepare(format_of(model), artifact)
+        except LoaderError as error:
+            log.warning("model %s is not prepared: %s", model.model_id, error)
+            return Outcome.FAILED
+
+    def _prepared(self, model: ModelRecord, artifact: Artifact) -> Prepared | None:
+        if self._preparation is None or self._is_remote(model):
+            return None
+        try:
+            return self._preparation.find(format_of(model), artifact)
+        except LoaderError as error:
+            log.warning("model %s: no prepared form: %s", model.model_id, error)
+            return None
+
+    def _load_prepared(self, model: ModelRecord, artifact: Artifact) -> tuple[LoadedModel, Prepared] | None:
+        prepared = self._prepared(model, artifact)
+        if prepared is None:
+            return None
+        try:
+            return prepared.load(), prepared
+        except Damaged as error:
+            prepared.close()
+            self._drop(model, artifact, error)
+            return None
+        except BaseException:
+            prepared.close()
+            raise
+
+    def _drop(self, model: ModelRecord, artifact: Artifact, error: Damaged) -> None:
+        assert self._preparation is not None
+        try:
+            self._preparation.drop(format_of(model), artifact, str(error))
+        except LoaderError as failure:
+            log.warning("model %s: %s", model.model_id, failure)
 
     def _is_remote(self, model: ModelRecord) -> bool:
         runtime = self._runtime

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from loaders import loader_for
 from loaders.base import LoaderError
+from loaders.prepare.preparation import Preparation
 from loaders.storage.source import Storage
 from mesh import metrics, reflection
 from mesh.config import DEFAULT_CAPACITY, Config, parse_bytes, reachable_host
@@ -207,15 +208,18 @@ class Pod:
             Path(config.storage_config) if config.storage_config else None,
             Path(config.pvc_root),
         )
+        preparation = Preparation(config.cache_path / "prepared", config.prepared_bytes) if config.prepare else None
         try:
             storage.start()
+            if preparation is not None:
+                preparation.start()
         except LoaderError as error:
             raise CannotStart(f"{config.cache_path}: {error}") from None
         driver = Driver(
             engine,
             publisher,
             tasks,
-            models=Models(storage, config.allowed_code, runtime),
+            models=Models(storage, config.allowed_code, runtime, preparation),
             run_threads=config.run_threads,
         )
 
@@ -229,7 +233,7 @@ class Pod:
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
-        observed = metrics.Metrics(engine, driver.in_line, driver.batcher.sizes, self._tls)
+        observed = metrics.Metrics(engine, driver.in_line, driver.batcher.sizes, self._tls, driver.preparing)
         hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(
             Inference(driver, router, directory, residency, self.serving.is_set).handlers()

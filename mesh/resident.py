@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from loaders.base import LoadedModel
-from loaders.storage.source import Held
 from mesh.plans import Plans
 from mesh.rowwise import Kind, has_batch_dimension
 from mesh.runtime.model import RemoteModel
@@ -11,15 +12,23 @@ from mesh.settings import ModelSettings
 from mesh.workers import Workers
 
 
+class Files(Protocol):
+    """A model's files, which stay until `close`."""
+
+    def close(self) -> None: ...
+
+
 class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
-    __slots__ = ("forward", "held", "model", "plans", "settings", "together", "tried", "workers")
+    __slots__ = ("files", "form", "forward", "model", "plans", "settings", "together", "tried", "workers")
 
-    def __init__(self, model: LoadedModel, settings: ModelSettings, held: Held | None = None) -> None:
+    def __init__(self, model: LoadedModel, settings: ModelSettings, files: Files | None = None, form: str = "") -> None:
         self.model = model
-        self.held = held
-        """Its files, which must stay while it is loaded: frameworks map them."""
+        self.form = form
+        """Which prepared form it is (`loaders.prepare`); empty: it is as its owner wrote it."""
+        self.files = files
+        """They must stay while it is loaded: frameworks map them."""
         self.settings = settings
         self.plans = Plans()
         self.together = not settings.one_by_one and has_batch_dimension(model.signature)
@@ -36,5 +45,5 @@ class Resident:
         if self.workers is not None:
             self.workers.close()
         self.model.unload()
-        if self.held is not None:
-            self.held.close()
+        if self.files is not None:
+            self.files.close()

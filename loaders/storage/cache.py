@@ -32,6 +32,7 @@ from loaders.storage.fetch import disk_told
 log = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.05
+_DROP_TRIES: Final = 20
 _MANIFEST: Final = "manifest.json"
 _UNSYNCED: Final = "manifest.new"
 
@@ -94,6 +95,39 @@ class Cache:
                         self._fill(digest, lock, size_bytes, fill)
                 finally:
                     os.close(lock)
+
+    def find(self, digest: str) -> Lease | None:
+        """The entry, if it is there now.
+
+        Raises:
+            LoaderError: the directory cannot be used.
+        """
+        with disk_told():
+            if not self._is_there(digest):
+                return None
+            lock = self._locked(digest, fcntl.LOCK_SH)
+            if lock is None:
+                return None
+            if not self._is_there(digest):
+                os.close(lock)
+                return None
+            os.utime(lock)
+            return Lease(self.root / digest / "files", lock)
+
+    def drop(self, digest: str) -> bool:
+        """Remove the entry; False: somebody uses it.
+
+        Raises:
+            LoaderError: the directory cannot be used.
+        """
+        with disk_told():
+            for _ in range(_DROP_TRIES):
+                with self._counting():
+                    self._remove(digest)
+                if not self._is_there(digest):
+                    return True
+                self._stopped.wait(_POLL_S)  # it may still be on its way to the disk
+            return False
 
     def close(self) -> None:
         """Wait until what was fetched is on disk; nothing more may be."""

@@ -133,7 +133,7 @@ class Mesh:
         """Start a pod and wait until it serves."""
         if registry is None:
             registry = self.registries[pod_id] = TroubledRegistry(self.store)
-        settings = {"policy": "lru", **settings}  # whose order tests can tell in advance
+        settings = {"policy": "lru", "prepare": False, **settings}  # whose order and loads tests can tell in advance
         config = Config(
             host="127.0.0.1", grpc_port=0, metrics_port=0, pod_id=pod_id, run_threads=4, drain_timeout_s=5, **settings
         )

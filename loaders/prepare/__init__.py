@@ -1,0 +1,64 @@
+"""Preparation: forms of models that serve better than what their owners wrote, made off the request path.
+
+A model is loaded as it is at first. Then one child process of low priority converts or optimises it, because converters
+hold the interpreter lock for seconds and may crash; the result is kept on disk under a digest of the model's bytes, and
+every later load of the same bytes, by any pod on the node, takes it and does not import the model's framework.
+
+    PREPARERS     format -> what makes its form, in the child           sklearn          one preparer each
+    FORMS         form -> its loader, in the pod                        converted        one form each
+    preparation   what is there, and what is to be made                 digests          files by content
+    child         the process, seen from the pod                        __main__         the process
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Final
+
+from loaders.base import Loader, LoaderError
+
+
+class NotPreparable(Exception):
+    """A preparer's refusal: these bytes will not do, now or later. The message is one sentence."""
+
+
+class Damaged(LoaderError):
+    """The files of a form are not what a preparer wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparer:
+    """One line of the table: what makes a format's form, and what its result depends on beside the model's bytes."""
+
+    function: str
+    """`module:function`, called in the child as `function(artifact, folder)`: writes the form's files into the empty
+    folder, or raises `NotPreparable`. The artifact has parameters and no declared inputs and outputs."""
+    form: str
+    packages: tuple[str, ...]
+    """Distributions that it needs; their versions are part of the digest."""
+    version: int = 1
+    """Its own: a change makes everything anew."""
+    deadline_s: float = 120.0
+    max_bytes: int = 512 << 20
+    """Models with more bytes are served as they are."""
+
+
+PREPARERS: Final[dict[str, Preparer]] = {}
+
+FORMS: Final[dict[str, str]] = {}
+"""`module:class` of a `Loader` whose artifact's path is the folder that a preparer filled."""
+
+
+@cache
+def form_loader(form: str) -> Loader:
+    """The loader of a form, kept for the life of the process."""
+    loader: Loader = named(FORMS[form])()
+    return loader
+
+
+def named(path: str) -> Any:
+    """What `module:name` means."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
