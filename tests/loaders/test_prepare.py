@@ -122,7 +122,7 @@ def test_forms_and_refusals_are_kept_across_restarts_and_shared(tmp_path: Path, 
     try:
         assert first.prepare("synthetic", model()) is Outcome.PREPARED
         assert first.prepare("synthetic", model(b"refuse")) is Outcome.REFUSED
-        first.stop()
+        first.close()
         second.start()
         found = second.find("synthetic", model())
         assert found is not None
