@@ -293,10 +293,10 @@ class Driver:
         def is_current() -> bool:
             return not self._closed and self._loaded.get(model_id) is resident
 
-        if self._closed or not await self.preparing.has_better(model, is_current) or not is_current() or self.engine.draining:
+        if not is_current() or not await self.preparing.has_better(model, is_current) or not is_current():
             return
         copy = self.engine.cache.copies[model_id]
-        if copy.state is not CopyState.LOADED:
+        if copy.state is not CopyState.LOADED or self.engine.draining:
             return
         self.step(CopyUnwanted(model_id))
         while self.engine.cache.copies.get(model_id) is copy:
