@@ -43,6 +43,7 @@ LOADERS: Final[dict[str, Format]] = {
         (".skops", ".joblib", ".pkl"),
         runs_code={".joblib": "joblib", ".pkl": "pkl"},
     ),
+    "python": Format("loaders.python:PythonLoader", markers=("model.py",), runs_code={"model.py": "python"}),
     "synthetic": Format("loaders.synthetic:SyntheticLoader", (".synthetic.json",)),
 }
 

@@ -59,14 +59,14 @@ class Signature:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    """None: it does not tell what it answers, and is asked for () by those who want all."""
     platform: str
     """V2's free text, e.g. `onnx_onnxv1`, `pytorch_torchscript`, `sklearn`."""
     lenient: bool = False
     """The model takes its single input under any name, in any numeric datatype or BYTES and in any shape, and checks it
     itself (scikit-learn: KServe's clients say `input-0`, MLServer's `predict`; TorchScript: the file does not say).
     `inputs` and the datatypes and shapes of `outputs` are then only a hint: an answer is encoded by its own dtype.
-    No `inputs` at all: it does not tell what it takes, and is handed whatever comes, under its own names; no `outputs`:
-    it does not tell what it answers either, and is asked for () by those who want all."""
+    No `inputs` at all: it does not tell what it takes, and is handed whatever comes, under its own names."""
     default_outputs: tuple[str, ...] = ()
     """Names answered to a client that asks for none; empty: all of `outputs`."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +43,12 @@ class Declared:
     """MLServer's, a Python class."""
     versions: tuple[int, ...] = ()
     """Those that Triton's version policy names; empty: any."""
+
+    def parameters_of(self, format_name: str) -> Mapping[str, Any]:
+        """For the loader. Where the class is the author's own, that is one of them."""
+        if format_name != "python" or not self.implementation:
+            return self.settings.parameters
+        return {"implementation": self.implementation, **self.settings.parameters}
 
 
 def declared_in(folders: Sequence[Path], directory: Path) -> Declared:

@@ -199,11 +199,12 @@ class Models:
                     uri = str(directory / said.uri)
                 default = said.uri if said.where == CONFIG_FILE else ""
                 path = resolve(format_name, uri, allowed_code=self._allowed_code, default_model_filename=default)
-                said = declared_in([path.parent, directory], directory)
+                said = declared_in([directory if path == directory else path.parent, directory], directory)
         else:
             path = resolve(format_name, uri, allowed_code=self._allowed_code)
         # What concerns the registration is not told by files that only a load sees.
-        settings = settings.over(replace(said.settings, version="", placement={}))
+        parameters = said.parameters_of(format_name)
+        settings = settings.over(replace(said.settings, version="", placement={}, parameters=parameters))
         artifact = Artifact(path, settings.parameters, settings.inputs, settings.outputs, model.model_id)
         return artifact, settings
 

@@ -73,7 +73,8 @@ def _model(directory: Path) -> RepositoryModel:
     said = declared_in([home, directory], directory)
     if said.where == CONFIG_FILE and said.name not in ("", directory.name):
         raise ValueError(f"{CONFIG_FILE}: name is {said.name!r}, expected the directory's")
-    if said.implementation and said.implementation not in IMPLEMENTATIONS:
+    is_python = LOADERS["python"].name_in(home) != ""  # the class is the author's own
+    if said.implementation and said.implementation not in IMPLEMENTATIONS and not is_python:
         expected = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"{said.where}: unknown implementation {said.implementation!r}, expected {expected}")
     base = home if said.where == CONFIG_FILE else said.folder
@@ -89,7 +90,8 @@ def _model(directory: Path) -> RepositoryModel:
         raise ValueError(f"its id is longer than {MAX_ID_CHARS} characters or has unprintable ones")
     version = said.settings.version or (home.name if home != directory else "")
     told = {entry.name: getattr(said.settings, entry.name) for entry in fields(ModelSettings)}
-    return RepositoryModel(**{**told, "version": version}, model_id=model_id, format=format_name, path=path)
+    told |= {"version": version, "parameters": said.parameters_of(format_name)}
+    return RepositoryModel(**told, model_id=model_id, format=format_name, path=path)
 
 
 def _home(directory: Path, pinned: Collection[int]) -> Path:

@@ -31,8 +31,10 @@ _LARGE: Final = 1e4
 
 def has_batch_dimension(signature: Signature) -> bool:
     """Whether the first dimension of everything the model takes and gives is free."""
-    if signature.lenient:  # its shapes are a hint; without names there is nothing to compare
-        return bool(signature.outputs)
+    if not signature.outputs:  # nothing is known that could be compared
+        return False
+    if signature.lenient:  # its shapes are a hint
+        return True
     return all(spec.shape[:1] == (-1,) for spec in (*signature.inputs, *signature.outputs))
 
 

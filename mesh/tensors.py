@@ -124,7 +124,7 @@ def check(request: DecodedRequest, signature: Signature) -> tuple[Mapping[str, T
             raise InvalidRequest(f"inputs: missing {_names(set(specs) - set(inputs))}")
     outputs = tuple([spec.name for spec in signature.outputs])
     for index, name in enumerate(request.outputs):
-        if name not in outputs and (outputs or not signature.lenient):
+        if outputs and name not in outputs:
             raise InvalidRequest(f"{_field('outputs', index, name)}: not an output of the model: {_names(outputs)}")
     return inputs, request.outputs or signature.default_outputs or outputs
 
