@@ -18,8 +18,8 @@ from typing import Final
 from loaders.artifacts import reading
 from loaders.base import LoaderError
 
-_SESSION_BYTES: Final = 85_000
-_NODE_BYTES: Final = 3_000
+SESSION_BYTES: Final = 85_000
+NODE_BYTES: Final = 3_000
 _TREE_FACTOR: Final = 4.5
 _SMALL_NODE: Final = 1024
 
@@ -58,7 +58,7 @@ def weigh(path: Path, *, widened: bool = True) -> int:
                 _weigh_graph(data, start, end, path, 2 if widened else 1, weight)
     except (ValueError, IndexError) as error:  # mmap refuses an empty file with ValueError
         raise LoaderError(f"{path.name} is not an ONNX model: {error}") from error
-    return _SESSION_BYTES + _NODE_BYTES * weight.nodes + round(weight.stored)
+    return SESSION_BYTES + NODE_BYTES * weight.nodes + round(weight.stored)
 
 
 def _weigh_graph(data: mmap.mmap, start: int, end: int, path: Path, widening: int, weight: _Weight) -> None:
