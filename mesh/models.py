@@ -198,8 +198,14 @@ class Models:
                     check_inside(directory / said.uri, directory)
                     uri = str(directory / said.uri)
                 default = said.uri if said.where == CONFIG_FILE else ""
-                path = resolve(format_name, uri, allowed_code=self._allowed_code, default_model_filename=default)
-                said = declared_in([directory if path == directory else path.parent, directory], directory)
+                path = resolve(
+                    format_name,
+                    uri,
+                    allowed_code=self._allowed_code,
+                    default_model_filename=default,
+                    versions=said.versions,
+                )
+                said = declared_in([path.parent, directory], directory)
         else:
             path = resolve(format_name, uri, allowed_code=self._allowed_code)
         # What concerns the registration is not told by files that only a load sees.
