@@ -77,7 +77,7 @@ def test_synthetic_models_need_no_file(uri: str) -> None:
         ("onnx", "{}/empty", "holds no .onnx file"),
         ("onnx", "{}/two", r"holds several models \(a.onnx, b.onnx\)"),
         ("onnx", "{}/absent.onnx", "does not exist"),
-        ("caffe", "{}/m.caffe", "unknown model format 'caffe': expected one of onnx, sklearn"),
+        ("caffe", "{}/m.caffe", "unknown model format 'caffe': expected one of "),
     ],
 )
 def test_refusals_say_why(tmp_path: Path, format_name: str, uri: str, says: str) -> None:
