@@ -20,7 +20,7 @@ from loaders.artifacts import local_path, newest_version, reading, resolve
 from loaders.base import Artifact, LoadedModel, Loader, LoaderError
 from loaders.prepare import Damaged
 from loaders.prepare.preparation import Outcome, Preparation, Prepared
-from loaders.storage.source import Held, Storage, holding
+from loaders.storage.source import SHA256, Held, Storage, holding
 from mesh.declared import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -226,7 +226,8 @@ class Models:
         elif not settings.storage_key and not _ROOT.match(uri):
             path = local_path(model.path)
             uri = str((path if path.is_dir() else path.parent) / uri)
-        held = self._storage.hold(uri, settings.storage_key, settings.storage_params, MAX_CONFIG_BYTES)
+        params = {name: value for name, value in settings.storage_params.items() if name != SHA256}  # the model's
+        held = self._storage.hold(uri, settings.storage_key, params, MAX_CONFIG_BYTES)
         with holding(held) as found, _declaring(path := local_path(str(found))):
             return signature_in(f"schema_path {settings.schema_path[:256]!r}", read_text(path))
 

@@ -207,6 +207,7 @@ class Pod:
             config.cache_bytes,
             Path(config.storage_config) if config.storage_config else None,
             Path(config.pvc_root),
+            limits.capacity_bytes,
         )
         preparation = Preparation(config.cache_path / "prepared", config.prepared_bytes) if config.prepare else None
         try:

@@ -26,11 +26,10 @@ ATTEMPTS: Final = 3
 _PAUSE_S: Final = 0.2
 _HASH_CHUNK_BYTES: Final = 1 << 20
 NO_SUMS: Final[Mapping[str, str]] = {}
-_DIFFERS: Final = {
-    "sha256": "its sha256 differs from the one in storage_params",
-    "md5": "its checksum differs from the store's ETag (ETags of buckets encrypted with KMS are no checksums: "
-    '"etag_md5": false in the storage key says so)',
-}
+_ETAG_DIFFERS: Final = (
+    "its checksum differs from the store's ETag (ETags of buckets encrypted with KMS are no checksums: "
+    '"etag_md5": false in the storage key says so)'
+)
 
 
 def find(store: Store, key: str) -> list[Entry]:
@@ -155,7 +154,10 @@ class _File:
             self._hash()
         for name, hash_, expected in self._hashes:
             if hash_.hexdigest() != expected:
-                raise LoaderError(f"{self.entry.key or self.entry.name}: {_DIFFERS[name]}", retryable=name == "md5")
+                where = self.entry.key or self.entry.name
+                if name == "md5":
+                    raise LoaderError(f"{where}: {_ETAG_DIFFERS}", retryable=True)
+                raise LoaderError(f"{where}: its sha256 is {hash_.hexdigest()}, storage_params say {expected}")
 
     def _hash(self) -> None:
         """As far as there is no gap. What was just written is read from memory, not from disk."""

@@ -22,6 +22,9 @@ from loaders.storage.local import claim_path
 
 _URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
 _BLOB: Final = re.compile(r"([a-z0-9]{3,24})\.blob\.core\.windows\.net")
+_HEX: Final = re.compile("[0-9a-fA-F]{64}")
+SHA256: Final = "sha256"
+"""Of `storage_params`: what the files must have."""
 _TYPES: Final = {"s3": "s3", "gcs": "gs", "gs": "gs", "azure": "az", "az": "az", "http": "http", "pvc": "pvc"}
 """The `type` of a storage key to the scheme."""
 
@@ -52,7 +55,16 @@ class Held:
 class Storage:
     """A pod's ways to models. `config`: see `credentials`; `mounts`: where claims are mounted."""
 
-    def __init__(self, cache_dir: Path, cache_bytes: int | None, config: Path | None, mounts: Path) -> None:
+    def __init__(
+        self,
+        cache_dir: Path,
+        cache_bytes: int | None,
+        config: Path | None,
+        mounts: Path,
+        capacity_bytes: int | None = None,
+    ) -> None:
+        """`capacity_bytes`: all that the pod can hold in memory; None: no limit."""
+        self._capacity_bytes = capacity_bytes
         self._cache_dir, self._cache_bytes = cache_dir, cache_bytes
         self._config, self._mounts = config, mounts
         self._stopped = threading.Event()
@@ -83,9 +95,11 @@ class Storage:
         Raises:
             LoaderError: one sentence with the store's own reason.
         """
-        if not is_stored(uri, storage_key):
+        source = self._source(uri, storage_key, params) if is_stored(uri, storage_key) else None
+        if SHA256 in params and (source is None or source.scheme == "pvc"):
+            raise LoaderError(f"storage_params: {SHA256} is checked when a model is fetched, which {uri!r} is not")
+        if source is None:
             return Held(uri)
-        source = self._source(uri, storage_key, params)
         if source.scheme == "pvc":
             return Held(claim_path(self._mounts, source.place, source.key))
         store = open_store(source.scheme, source.place, source.settings)
@@ -96,24 +110,47 @@ class Storage:
         total_bytes = sum(entry.size_bytes for entry in entries)
         if max_bytes is not None and total_bytes > max_bytes:
             raise LoaderError(f"{uri!r} has {total_bytes} bytes, at most {max_bytes} are allowed")
+        self._check_capacity(entries)
+        sha256 = _sha256(params.get(SHA256), entries)
         lease = self._open_cache().get(
-            _digest(store, source.key, entries),
+            _digest(store, source.key, entries, sha256),
             total_bytes,
-            lambda folder, room: self._fill(store, entries, folder, room, only),
+            lambda folder, room: self._fill(store, entries, folder, room, only, sha256),
         )
         if only is None:
             return Held(lease.folder, lease)
         return Held(top(lease.folder) if is_archive(only.name) else lease.folder / only.name, lease)
 
-    def _fill(self, store: Store, entries: Sequence[Entry], folder: Path, room: Room, only: Entry | None) -> None:
+    def _check_capacity(self, entries: Sequence[Entry]) -> None:
+        """Refuse a file that is larger than the pod's memory before it is fetched. All of them together may be: formats
+        read some of a directory. What an archive holds is not known yet."""
+        largest = max(entries, key=lambda entry: entry.size_bytes)
+        if (
+            self._capacity_bytes is not None
+            and largest.size_bytes > self._capacity_bytes
+            and not is_archive(largest.name)
+        ):
+            raise LoaderError(
+                f"{largest.name} has {largest.size_bytes} bytes; this pod holds {self._capacity_bytes} bytes"
+            )
+
+    def _fill(
+        self,
+        store: Store,
+        entries: Sequence[Entry],
+        folder: Path,
+        room: Room,
+        only: Entry | None,
+        sha256: Mapping[str, str],
+    ) -> None:
         files = folder / "files"
         if only is None or not is_archive(only.name):
             files.mkdir()
-            fetch(store, entries, files, self._stopped)
+            fetch(store, entries, files, self._stopped, sha256)
             return
         fetched = folder / "fetched"
         fetched.mkdir()
-        fetch(store, entries, fetched, self._stopped)
+        fetch(store, entries, fetched, self._stopped, sha256)
         archive = fetched / only.name
         unpack(archive, files, room.max_bytes - only.size_bytes)
         archive.unlink()
@@ -189,10 +226,27 @@ def _file_name(url: str) -> str:
     return name or "model"
 
 
-def _digest(store: Store, key: str, entries: Sequence[Entry]) -> str:
-    """Of what the files are: the same for every pod, another for every version."""
-    told = [store.identity, key, [(entry.name, entry.size_bytes, entry.etag) for entry in entries]]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+def _sha256(said: Any, entries: Sequence[Entry]) -> dict[str, str]:
+    """What the owner says that the files have, by name: one digest for one file, else an object with that of each."""
+    if said is None:
+        return {}
+    if isinstance(said, str) and len(entries) == 1:
+        said = {entries[0].name: said}
+    if not isinstance(said, dict) or not all(isinstance(hex_, str) and _HEX.fullmatch(hex_) for hex_ in said.values()):
+        raise LoaderError(f"storage_params: {SHA256} is neither 64 hex digits nor an object with those of each file")
+    names = {entry.name for entry in entries}
+    if differ := sorted(names ^ said.keys()):
+        where = "in the store" if differ[0] in said else f"in {SHA256}"
+        raise LoaderError(f"storage_params: {SHA256} has to name each file and no other: {differ[0]!r} is not {where}")
+    return {name: hex_.lower() for name, hex_ in said.items()}
+
+
+def _digest(store: Store, key: str, entries: Sequence[Entry], sha256: Mapping[str, str]) -> str:
+    """Of what the files are: the same for every pod, another for every version, and for one that is checked."""
+    told: list[object] = [store.identity, key, [(entry.name, entry.size_bytes, entry.etag) for entry in entries]]
+    if sha256:
+        told.append(sha256)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

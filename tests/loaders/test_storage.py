@@ -3,6 +3,7 @@ their owner is told when that fails. After every failure nothing is left in the 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -53,7 +54,7 @@ def storage(tmp_path: Path, config: Path) -> Storage:
     return Storage(tmp_path / "cache", 1 << 20, config, tmp_path / "mounts")
 
 
-def hold(storage: Storage, uri: str, key: str = "minio", **params: str) -> Held:
+def hold(storage: Storage, uri: str, key: str = "minio", **params: Any) -> Held:
     return storage.hold(uri, key, params)
 
 
@@ -63,7 +64,7 @@ def left(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir() if path.name != "lock") if cache.exists() else []
 
 
-def refusal(storage: Storage, uri: str, key: str = "minio", **params: str) -> LoaderError:
+def refusal(storage: Storage, uri: str, key: str = "minio", **params: Any) -> LoaderError:
     with pytest.raises(LoaderError) as caught:
         hold(storage, uri, key, **params)
     assert SECRET not in str(caught.value)
@@ -281,6 +282,68 @@ def test_a_checksum_that_differs(server: ObjectServer, config: Path, storage: St
     assert left(tmp_path) == []
     (config / "minio").write_text(json.dumps(s3(server, etag_md5=False)))
     hold(storage, "s3://b/one.onnx").close()
+
+
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_what_an_owner_says_that_files_have(server: ObjectServer, storage: Storage, tmp_path: Path) -> None:
+    both = {"model.onnx": sha256_of(BIG).upper(), "sub/config.json": sha256_of(b"{}")}
+    held = hold(storage, "s3://b/m", sha256=both)
+    assert (Path(held.path) / "model.onnx").read_bytes() == BIG
+    held.close()
+    gets = server.gets("m/model.onnx")
+    hold(storage, "s3://b/m", sha256=both).close()
+    assert server.gets("m/model.onnx") == gets
+    before = left(tmp_path)
+    for key, data in {"m/sub/config.json": b"[]", "m/model.onnx": b"x" + BIG[1:]}.items():
+        server.objects[key] = data
+        assert f"its sha256 is {sha256_of(data)}, storage_params say" in str(refusal(storage, "s3://b/m", sha256=both))
+        server.objects["m/sub/config.json"] = b"{}"
+    assert left(tmp_path) == before
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_one_files_sha256_and_one_that_differs(
+    server: ObjectServer, storage: Storage, tmp_path: Path, ranges: bool
+) -> None:
+    server.ranges = ranges
+    url = f"{server.url}/b/m/model.onnx"
+    error = refusal(storage, url, "", sha256="0" * 64)
+    assert f"its sha256 is {sha256_of(BIG)}" in str(error)
+    assert not error.retryable
+    assert left(tmp_path) == []
+    hold(storage, url, "", sha256=sha256_of(BIG)).close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "sha256", "says"),
+    [
+        ("s3://b/m", "0" * 64, "neither 64 hex digits nor an object with those of each file"),
+        ("s3://b/one.onnx", "0" * 63, "neither 64 hex digits"),
+        ("s3://b/one.onnx", 5, "neither 64 hex digits"),
+        ("s3://b/m", {"model.onnx": "0" * 64}, "'sub/config.json' is not in sha256"),
+        ("s3://b/one.onnx", {"one.onnx": "0" * 64, "two": "0" * 64}, "'two' is not in the store"),
+        ("/local/model.onnx", "0" * 64, "sha256 is checked when a model is fetched, which '/local/model.onnx' is not"),
+    ],
+)
+def test_sha256_of_another_form(storage: Storage, tmp_path: Path, uri: str, sha256: Any, says: str) -> None:
+    assert says in str(refusal(storage, uri, "" if uri.startswith("/") else "minio", sha256=sha256))
+    assert left(tmp_path) == []
+
+
+def test_what_no_pod_of_this_size_can_hold_is_not_fetched(server: ObjectServer, config: Path, tmp_path: Path) -> None:
+    server.objects["a.zip"] = BIG
+    small = Storage(tmp_path / "cache", 1 << 20, config, tmp_path / "mounts", len(BIG) - 1)
+    error = refusal(small, "s3://b/m")
+    assert str(error) == f"model.onnx has {len(BIG)} bytes; this pod holds {len(BIG) - 1} bytes"
+    assert not error.retryable
+    assert "cannot be unpacked" in str(refusal(small, "s3://b/a.zip"))  # what it holds is not known before
+    tiny = Storage(tmp_path / "cache", 1000, config, tmp_path / "mounts")
+    assert "take 25602 bytes, the model cache may have 1000" in str(refusal(tiny, "s3://b/m"))
+    assert not server.gets("m/model.onnx")
+    assert left(tmp_path) == []
 
 
 def test_a_body_shorter_than_told(
