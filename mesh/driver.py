@@ -276,7 +276,7 @@ class Driver:
                 loaded.workers = Workers(loaded.model.waits, asyncio.get_running_loop(), "wait")
                 self.in_line.keep_out(model_id)
             elapsed_ms = (time.monotonic() - started) * 1e3
-            size_bytes = loaded.model.size_bytes
+            size_bytes = loaded.size_bytes
             what = f"copy {model_id} LOADING -> LOADED" + (f" ({loaded.form})" if loaded.form else "")
             log.info("%s in %.0f ms, %d bytes", what, elapsed_ms, size_bytes)
             if not loaded.form:

@@ -19,6 +19,7 @@ from mesh.histogram import Histogram
 from mesh.in_line import InLine
 from mesh.preparing import Preparing
 from mesh.rpc import Call, Handlers, Unary
+from mesh.sizes import Sizes
 from mesh.tls import Tls
 from placement.engine import Engine
 from placement.lifecycle import CopyState
@@ -39,12 +40,14 @@ class Metrics(Collector):
         batch_sizes: Histogram | None = None,
         tls: Tls | None = None,
         preparing: Preparing | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         self._engine = engine
         self._in_line = in_line
         self._batch_sizes = batch_sizes
         self._tls = tls
         self._preparing = preparing
+        self._sizes = sizes
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._cells: dict[tuple[str, Code], Histogram] = {}
@@ -116,6 +119,13 @@ class Metrics(Collector):
             yield sizes
         if self._preparing is not None:
             yield from _prepared(self._preparing)
+        if self._sizes is not None:
+            errors = HistogramMetricFamily(
+                "densemesh_size_error", "Measured bytes of a loaded model over those expected.", labels=("format",)
+            )
+            for form, cell in list(self._sizes.errors.items()):
+                errors.add_metric((form,), cell.buckets(), cell.sum)
+            yield errors
         if self._tls is not None and self._tls.until is not None:
             yield GaugeMetricFamily(
                 "densemesh_tls_certificate_expiry_timestamp_seconds",

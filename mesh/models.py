@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from loaders import canonical, loader_for
-from loaders.artifacts import local_path, newest_version, reading, resolve
+from loaders.artifacts import local_path, reading, resolve
 from loaders.base import Artifact, LoadedModel, Loader, LoaderError
 from loaders.prepare import Damaged
 from loaders.prepare.preparation import Outcome, Preparation, Prepared
@@ -35,6 +35,7 @@ from mesh.resident import Files, Resident
 from mesh.runtime.model import RemoteLoader
 from mesh.runtime.runtime import Runtime
 from mesh.settings import ModelSettings, from_key
+from mesh.sizes import Sizes
 from mesh.warmup import warm_up
 from placement.records import ModelRecord
 
@@ -58,6 +59,7 @@ class Models:
         self._runtime = runtime
         self._allowed_code = allowed_code
         self._preparation = preparation
+        self.sizes = Sizes()
 
     @property
     def prepares(self) -> bool:
@@ -90,10 +92,14 @@ class Models:
             if (prepared := self._prepared(model, artifact)) is not None:
                 try:
                     with closing(prepared):
-                        return prepared.estimate_bytes()
+                        told_bytes = prepared.estimate_bytes()
+                        return self.sizes.expect(model.model_id, prepared.form, artifact, told_bytes)
                 except Damaged as error:
                     self._drop(model, artifact, error)
-            return self._loader(model).estimate_bytes(artifact)
+            told_bytes = self._loader(model).estimate_bytes(artifact)
+            if self._is_remote(model):
+                return told_bytes
+            return self.sizes.expect(model.model_id, format_of(model), artifact, told_bytes)
 
     def load(self, model: ModelRecord) -> Resident:
         """The model in memory, warm if its settings ask for that.
@@ -118,7 +124,8 @@ class Models:
             except BaseException:
                 loaded.unload()
                 raise
-            return Resident(loaded, settings, files, form)
+            size_bytes = self.sizes.settle(model.model_id, form or format_of(model), loaded.size_bytes)
+            return Resident(loaded, settings, files, form, size_bytes)
         except BaseException:
             files.close()
             raise
@@ -188,8 +195,7 @@ class Models:
     def _read(self, model: ModelRecord, settings: ModelSettings, where: Path | str) -> tuple[Artifact, ModelSettings]:
         """The model's files, and its settings: those given over what files in its directory declare."""
         if self._is_remote(model):  # whose files say to the server what they say
-            path = Path(where) if self._is_pulled(model) else local_path(str(where))
-            return Artifact(path, settings.parameters, settings.inputs, settings.outputs), settings
+            return Artifact(Path(where), settings.parameters, settings.inputs, settings.outputs), settings
         format_name = format_of(model)
         said, uri = Declared(), str(where)
         if uri not in ("", "synthetic") and (directory := local_path(uri)).is_dir():
@@ -199,15 +205,8 @@ class Models:
                     check_inside(directory / said.uri, directory)
                     uri = str(directory / said.uri)
                 default = said.uri if said.where == CONFIG_FILE else ""
-                path = resolve(
-                    format_name,
-                    uri,
-                    allowed_code=self._allowed_code,
-                    default_model_filename=default,
-                    versions=said.versions,
-                )
-                home = directory if path == directory else newest_version(directory, said.versions)
-                said = declared_in([home, directory], directory)
+                path = resolve(format_name, uri, allowed_code=self._allowed_code, default_model_filename=default)
+                said = declared_in([directory if path == directory else path.parent, directory], directory)
         else:
             path = resolve(format_name, uri, allowed_code=self._allowed_code)
         # What concerns the registration is not told by files that only a load sees.

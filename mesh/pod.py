@@ -216,13 +216,8 @@ class Pod:
                 preparation.start()
         except LoaderError as error:
             raise CannotStart(f"{config.cache_path}: {error}") from None
-        driver = Driver(
-            engine,
-            publisher,
-            tasks,
-            models=Models(storage, config.allowed_code, runtime, preparation),
-            run_threads=config.run_threads,
-        )
+        models = Models(storage, config.allowed_code, runtime, preparation)
+        driver = Driver(engine, publisher, tasks, models=models, run_threads=config.run_threads)
 
         def forget(address: str) -> None:
             tasks.create_task(client.forget(address))
@@ -234,7 +229,9 @@ class Pod:
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
-        observed = metrics.Metrics(engine, driver.in_line, driver.batcher.sizes, self._tls, driver.preparing)
+        observed = metrics.Metrics(
+            engine, driver.in_line, driver.batcher.sizes, self._tls, driver.preparing, models.sizes
+        )
         hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(
             Inference(driver, router, directory, residency, self.serving.is_set).handlers()
@@ -287,7 +284,7 @@ class Pod:
         if not self.config.models:
             return
         try:
-            models, problems = scan(Path(self.config.models), self._runtime.settings.formats if self._runtime else ())
+            models, problems = scan(Path(self.config.models))
         except ValueError as error:
             raise BadSetting(f"--models: {error}") from None
         for name, reason in problems:

@@ -21,10 +21,18 @@ class Files(Protocol):
 class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
-    __slots__ = ("files", "form", "forward", "model", "plans", "settings", "together", "tried", "workers")
+    __slots__ = ("files", "form", "forward", "model", "plans", "settings", "size_bytes", "together", "tried", "workers")
 
-    def __init__(self, model: LoadedModel, settings: ModelSettings, files: Files | None = None, form: str = "") -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        settings: ModelSettings,
+        files: Files | None = None,
+        form: str = "",
+        size_bytes: int = 0,
+    ) -> None:
         self.model = model
+        self.size_bytes = size_bytes or model.size_bytes
         self.form = form
         """Which prepared form it is (`loaders.prepare`); empty: it is as its owner wrote it."""
         self.files = files

@@ -1,8 +1,8 @@
 """The process's memory: how much a load took, and how to give it back after an unload.
 
-A model's bytes are what malloc handed out while it loaded: the sum of glibc's `mallinfo2` in-use and mmapped bytes over
-all arenas, which agreed with trimmed RSS within 2 % for ONNX models of 100 KB to 100 MB. RSS itself was off by up to
-45 % for models below 10 MB (free lists are resident too) and by any amount while another model loads.
+A model's bytes are what malloc handed out to the thread that loaded it (`arenas`), or, where that is not told, the sum
+of glibc's `mallinfo2` over all arenas. Either agrees with trimmed RSS within some percent for ONNX models. RSS itself
+was off by up to 45 % for models below 10 MB (free lists are resident too) and by any amount while another model loads.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import time
 from types import TracebackType
 from typing import ClassVar, Final, Self
 
+from loaders.memory import arenas
+
 _TRIM_INTERVAL_S: Final = 1.0
 _NOISE_BYTES: Final = 8 << 20
-"""What requests in flight may take."""
+"""What requests in flight may take, of all arenas."""
+_OWN_NOISE_BYTES: Final = 64 << 10
+"""What the loading thread may have in use for other things."""
 
 
 class _MallInfo2(ctypes.Structure):
@@ -90,6 +94,8 @@ class Change:
             Change._running += 1
             Change._begun += 1
             self._number = Change._begun
+        self._arena = arenas.own_arena()
+        self._own_before = arenas.in_use()
         self._before = malloc_bytes()
         return self
 
@@ -104,12 +110,22 @@ class Change:
         """Bytes taken since the change began, asked within it; `estimate` if that figure is not this load's alone.
 
         Requests in flight move malloc's sum too (a 200 kB model loaded beside two busy ones came out at up to 660 kB):
-        below `_NOISE_BYTES`, below half and above four times the estimate, the estimate is nearer to the truth.
+        below `_NOISE_BYTES` only the thread's own arena tells (`_OWN_NOISE_BYTES`). Below half and above four times the
+        estimate, the estimate is nearer to the truth.
         """
-        taken = malloc_bytes() - self._before
+        own = self._own_bytes()
+        taken = malloc_bytes() - self._before if own is None else own
+        least = _NOISE_BYTES if own is None else _OWN_NOISE_BYTES
         alone = self._alone and self._number == Change._begun
-        plausible = estimate >= _NOISE_BYTES and estimate // 2 <= taken <= estimate * 4
+        plausible = estimate >= least and estimate // 2 <= taken <= estimate * 4
         return taken if alone and plausible else estimate
+
+    def _own_bytes(self) -> int | None:
+        before, now = self._own_before, arenas.in_use()
+        if self._arena is None or before is None or now is None or self._arena >= len(before.arenas):
+            return None
+        grown = now.arenas[self._arena] - before.arenas[self._arena]
+        return grown + now.mapped - before.mapped
 
 
 class _Trimmer:
