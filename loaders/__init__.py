@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +24,8 @@ class Format:
     """Files that make the directory they lie in one model, e.g. `MLmodel`."""
     runs_code: Mapping[str, str] = field(default_factory=dict)
     """By extension or marker of what can run code of its author: what `--allow-code` must name for it to be loaded."""
+    begins: bytes = b""
+    """A regular expression that a file's first bytes match, where names alone do not tell: others have `.json` too."""
 
     def name_in(self, path: Path) -> str:
         """The extension or marker by which a file or directory is of this format; empty: it is not.
@@ -32,7 +35,13 @@ class Format:
         """
         if path.is_dir():
             return next((marker for marker in self.markers if (path / marker).is_file()), "")
-        return next((extension for extension in self.extensions if path.name.endswith(extension)), "")
+        name = next((extension for extension in self.extensions if path.name.endswith(extension)), "")
+        return name if not (name and self.begins) or re.match(self.begins, _head(path)) else ""
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
 
 
 LOADERS: Final[dict[str, Format]] = {
@@ -44,6 +53,12 @@ LOADERS: Final[dict[str, Format]] = {
         runs_code={".joblib": "joblib", ".pkl": "pkl"},
     ),
     "python": Format("loaders.python:PythonLoader", markers=("model.py",), runs_code={"model.py": "python"}),
+    "xgboost": Format(
+        "loaders.xgboost:XgboostLoader",
+        (".ubj", ".json", ".bst"),
+        begins=rb'\{(?:\s*"|L\0{7}\x07)(?:learner|version"\s*:\s*\[)',
+    ),
+    "lightgbm": Format("loaders.lightgbm:LightgbmLoader", (".txt", ".bst"), begins=rb"tree\r?\n"),
     "synthetic": Format("loaders.synthetic:SyntheticLoader", (".synthetic.json",)),
 }
 

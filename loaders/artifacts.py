@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-from loaders import Format, format_for
+from loaders import Format, format_for, recognised
 from loaders.base import Artifact, LoaderError, Signature, TensorSpec
 
 _NOT_OURS: Final = frozenset(
@@ -51,7 +51,7 @@ def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default
     except OSError as error:
         raise LoaderError(f"{path} cannot be read: {error.strerror}", retryable=True) from error
     if not name:
-        raise LoaderError(f"{path.name} is no {format_name} model: expected {_expected(entry)}")
+        raise LoaderError(f"{path.name} is no {format_name} model: {_instead(path, entry)}")
     if (code := entry.runs_code.get(name, "")) and code not in allowed_code:
         flag = f"--allow-code {code}"
         raise LoaderError(f"{path.name} can run its author's code when loaded: refused without {flag}")
@@ -107,6 +107,14 @@ def _model_in(folder: Path, entry: Format, default: str) -> Path:
         raise LoaderError(f"{folder} holds no {_expected(entry)}", retryable=True)
     usual = " or ".join(f"model{extension}" for extension in entry.extensions)
     raise LoaderError(f"{folder} holds several models ({', '.join(found[:8])}): expected one, or {usual}")
+
+
+def _instead(path: Path, entry: Format) -> str:
+    if other := recognised(path):
+        return f"it seems to be {other}"
+    if path.name.endswith(entry.extensions):
+        return "it does not begin as one"
+    return f"expected {_expected(entry)}"
 
 
 def _expected(entry: Format) -> str:

@@ -15,7 +15,11 @@ from mesh.settings import ModelSettings, to_key
 
 MAX_ID_CHARS: Final = 253
 
-IMPLEMENTATIONS: Final[dict[str, str]] = {"mlserver_sklearn.SKLearnModel": "sklearn"}
+IMPLEMENTATIONS: Final[dict[str, str]] = {
+    "mlserver_lightgbm.LightGBMModel": "lightgbm",
+    "mlserver_sklearn.SKLearnModel": "sklearn",
+    "mlserver_xgboost.XGBoostModel": "xgboost",
+}
 """MLServer's runtimes whose model files one of our formats reads."""
 
 _NAMES: Final = ", ".join(name for entry in LOADERS.values() for name in (*entry.extensions, *entry.markers))

@@ -10,7 +10,13 @@ import pytest
 from loaders import LOADERS, format_for, loader_for
 from loaders.base import LoaderError
 
-FRAMEWORKS = {"onnx": "onnxruntime", "torch": "torch", "sklearn": "sklearn"}
+FRAMEWORKS = {
+    "onnx": "onnxruntime",
+    "torch": "torch",
+    "sklearn": "sklearn",
+    "xgboost": "xgboost",
+    "lightgbm": "lightgbm",
+}
 
 
 @pytest.mark.parametrize("format_name", LOADERS)

@@ -145,7 +145,7 @@ def config(text: str) -> dict[str, str | dict[str, Any]]:
         ({"m/model-settings.json": "[]", "m/model.onnx": ""}, "model-settings.json is not a JSON object"),
         ({"m/model-settings.json": "[" * 99_999, "m/model.onnx": ""}, "model-settings.json is not JSON: maximum recur"),
         ({"m/model-settings.json": " " * (MAX_CONFIG_BYTES + 1)}, "model-settings.json has more than 1048576 bytes"),
-        (settings(implementation="mlserver_xgboost.XGBoostModel"), "unknown implementation 'mlserver_xgboost.XGBoost"),
+        (settings(implementation="mlserver_catboost.CatboostModel"), "unknown implementation 'mlserver_catboost.Catb"),
         (settings(implementation=None), "'./model.bin' is no model: expected one of .onnx"),
         (settings(name="x" * 254), "its id is longer than 253 characters or has unprintable ones"),
         (settings(name="a\nb"), "its id is longer than 253 characters or has unprintable ones"),

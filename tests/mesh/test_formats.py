@@ -1,0 +1,131 @@
+"""Models that their frameworks trained and wrote, behind a pod process and asked by an unmodified tritonclient: answers
+are those of the framework itself. Authority: what MLServer's runtimes answer, and the frameworks' `predict`.
+
+A format is one function here, which trains on data that scikit-learn ships, writes `<folder>/model.<ext>` and gives
+the rows to send and the answers to expect by output name, and one line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tritonclient.grpc as triton
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from tritonclient.utils import np_to_triton_dtype
+
+from mesh.local_cluster import LocalPod
+
+Array = npt.NDArray[Any]
+Answers = dict[str, Array]
+
+
+def xgboost_classifier(folder: Path) -> tuple[Array, Answers]:
+    import xgboost
+
+    rows, labels = load_digits(return_X_y=True)
+    rows[::7, 20] = np.nan
+    model = xgboost.XGBClassifier(n_estimators=5, max_depth=4).fit(rows, labels)
+    model.save_model(folder / "model.ubj")
+    rows = rows[:40].astype(np.float32)
+    return rows, {"predict": model.predict(rows), "predict_proba": model.predict_proba(rows)}
+
+
+def xgboost_regressor(folder: Path) -> tuple[Array, Answers]:
+    import xgboost
+
+    rows, labels = load_diabetes(return_X_y=True)
+    model = xgboost.train({"max_depth": 3}, xgboost.DMatrix(rows, labels), 9)
+    model.save_model(folder / "model.json")
+    return rows[:40], {"predict": model.predict(xgboost.DMatrix(rows[:40]))}
+
+
+def lightgbm_classifier(folder: Path) -> tuple[Array, Answers]:
+    import lightgbm
+
+    rows, labels = load_breast_cancer(return_X_y=True)
+    rows[::7, 3] = np.nan
+    model = lightgbm.LGBMClassifier(n_estimators=9, verbose=-1).fit(rows, labels)
+    model.booster_.save_model(folder / "model.bst")
+    return rows[:40], {"predict": np.asarray(model.booster_.predict(rows[:40]))}
+
+
+FORMATS: Final[dict[str, tuple[str, str, Callable[[Path], tuple[Array, Answers]]]]] = {
+    "xgboost_classifier": ("xgboost", "mlserver_xgboost.XGBoostModel", xgboost_classifier),
+    "xgboost_regressor": ("xgboost", "", xgboost_regressor),
+    "lightgbm_classifier": ("lightgbm", "mlserver_lightgbm.LightGBMModel", lightgbm_classifier),
+}
+"""By model: its format, MLServer's implementation of it if any, and what makes it."""
+
+
+@pytest.fixture(scope="module")
+def frontend() -> str:
+    return "h2"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Array, Answers]]:
+    """By model: its directory, rows and expected answers. Formats whose packages are missing are left out."""
+    root = tmp_path_factory.mktemp("formats")
+    models = {}
+    for name, (_, implementation, make) in FORMATS.items():
+        folder = root / name
+        folder.mkdir()
+        try:
+            models[name] = (folder, *make(folder))
+        except ImportError:
+            folder.rmdir()
+            continue
+        if implementation:
+            (folder / "model-settings.json").write_text(json.dumps({"implementation": implementation}))
+    return models
+
+
+@pytest.fixture(scope="module")
+def repository(made: dict[str, tuple[Path, Array, Answers]]) -> Path:
+    return next(iter(made.values()))[0].parent
+
+
+@pytest.fixture(scope="module")
+def client(pod: LocalPod) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(pod.address) as connected:
+        yield connected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_answers_are_the_frameworks_own(
+    client: triton.InferenceServerClient, made: dict[str, tuple[Path, Array, Answers]], name: str
+) -> None:
+    if name not in made:
+        pytest.skip(f"{FORMATS[name][0]} is not installed")
+    _, rows, expected = made[name]
+    told = client.get_model_metadata(name)
+    given = triton.InferInput(told.inputs[0].name, rows.shape, np_to_triton_dtype(rows.dtype))
+    given.set_data_from_numpy(rows)
+    by_default = client.infer(name, [given]).get_response()
+    assert [output.name for output in by_default.outputs] == list(expected)[:1]
+    answer = client.infer(name, [given], outputs=[triton.InferRequestedOutput(output) for output in expected])
+    for output, values in expected.items():
+        assert output in [spec.name for spec in told.outputs]
+        np.testing.assert_allclose(answer.as_numpy(output), values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_another_width_are_the_clients_fault(
+    client: triton.InferenceServerClient, made: dict[str, tuple[Path, Array, Answers]], name: str
+) -> None:
+    if name not in made:
+        pytest.skip(f"{FORMATS[name][0]} is not installed")
+    rows = np.ascontiguousarray(made[name][1][:, 1:])
+    given = triton.InferInput(
+        client.get_model_metadata(name).inputs[0].name, rows.shape, np_to_triton_dtype(rows.dtype)
+    )
+    given.set_data_from_numpy(rows)
+    with pytest.raises(triton.InferenceServerException, match=f"{rows.shape[1]}") as refusal:
+        client.infer(name, [given])
+    assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
