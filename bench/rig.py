@@ -155,6 +155,15 @@ class Mesh:
         message = request.SerializeToString()
         await self.client.call(self.pods[0].address, MODEL_MESH + "registerModel", message, (), deadline)
 
+    async def unregister(self, model_id: str) -> None:
+        """
+        Raises:
+            MeshError
+        """
+        message = management_pb2.UnregisterModelRequest(modelId=model_id).SerializeToString()
+        deadline = asyncio.get_running_loop().time() + 60
+        await self.client.call(self.pods[0].address, MODEL_MESH + "unregisterModel", message, (), deadline)
+
     async def holder(self, model_id: str) -> LocalPod:
         """The pod that holds the model's only copy."""
         state = await get_state(self.client, self.pods[0].address, models=True)

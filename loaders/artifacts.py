@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +28,25 @@ _NOT_OURS: Final = frozenset(
 """Names that come with ModelMesh's `key` JSON or are used before a loader sees it; loaders ignore them."""
 
 
-def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default_model_filename: str = "") -> Path:
+_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+"""Triton ignores directories that are not numbers or begin with 0."""
+
+
+def resolve(
+    format_name: str,
+    uri: str,
+    *,
+    allowed_code: frozenset[str],
+    default_model_filename: str = "",
+    versions: Collection[int] = (),
+) -> Path:
     """The model that `uri` means: an absolute path or `file://` URI of a file, of a directory that is one, or of a
     directory that holds one.
 
-    A directory with one of the format's markers is the model. In another it is `default_model_filename` if given, else
-    `model.<ext>` in the format's order of extensions, else the only one of the format. Synthetic models need no file:
-    an empty `uri` is enough. `allowed_code` holds names of `Format.runs_code`.
+    A directory with one of the format's markers is the model. In another, or in that of its newest version (of
+    `versions`, if any are given), it is `default_model_filename` if given, else `model.<ext>` in the format's order of
+    extensions, else the only one of the format. Synthetic models need no file: an empty `uri` is enough. `allowed_code`
+    holds names of `Format.runs_code`.
 
     Raises:
         LoaderError: no such file (retryable), not one model, another format's, or code that is not allowed.
@@ -44,7 +57,8 @@ def resolve(format_name: str, uri: str, *, allowed_code: frozenset[str], default
     path = local_path(uri)
     try:
         if path.is_dir() and not entry.name_in(path):
-            path = _model_in(path, entry, default_model_filename)
+            path = newest_version(path, versions)
+            path = path if entry.name_in(path) else _model_in(path, entry, default_model_filename)
         if not path.exists():
             raise LoaderError(f"{path} does not exist or is not a file", retryable=True)
         name = entry.name_in(path)
@@ -92,15 +106,34 @@ def local_path(uri: str) -> Path:
     return path
 
 
+def newest_version(directory: Path, versions: Collection[int] = ()) -> Path:
+    """The directory of a model's highest version (of `versions`, if any are given), as Triton and TensorFlow Serving
+    have them; the model's own if there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    names = [path.name for path in directory.iterdir() if _VERSION.fullmatch(path.name) and path.is_dir()]
+    found = [int(name) for name in names if not versions or int(name) in versions]
+    return directory / str(max(found)) if found else directory
+
+
+def unfolded(path: Path) -> Path:
+    """The model itself, where files that belong to it lie in a directory of its name: `model.onnx/model.onnx`."""
+    inner = path / f"model{path.suffix}"
+    return inner if path.suffix and path.is_dir() and inner.is_file() else path
+
+
 def _model_in(folder: Path, entry: Format, default: str) -> Path:
     if default:
         if Path(default).name != default:
             raise LoaderError(f"default_model_filename {default!r} must be a file name without folders")
-        return folder / default
+        return unfolded(folder / default)
     for extension in entry.extensions:
-        if (model := folder / f"model{extension}").is_file():
+        if (model := unfolded(folder / f"model{extension}")).is_file():
             return model
-    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and entry.name_in(path))
+    models = [unfolded(path) for path in folder.iterdir() if not path.name.startswith(".")]
+    found = sorted(str(path.relative_to(folder)) for path in models if entry.name_in(path))
     if len(found) == 1:
         return folder / found[0]
     if not found:

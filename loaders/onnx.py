@@ -15,7 +15,6 @@ Parameters: `device` ("cpu", "cuda", "cuda:1") or `providers` (execution provide
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -24,37 +23,12 @@ from typing import Any, Final
 import numpy as np
 
 from loaders.artifacts import agreed, parameters
-from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
+from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor
 from loaders.datatypes import DTYPES, bytes_of, text_of
 from loaders.memory.process import Change
 from loaders.onnx_file import weigh
+from loaders.onnx_session import InvalidArgument, has_datatype, ort, reason_of, session_options, signature_of
 
-# Since 1.31 importing it starts a telemetry thread and writes into the home directory; a server tells nobody about its
-# tenants' models unless its operator wants that.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-try:
-    import onnxruntime as ort
-    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
-except ImportError as missing:
-    raise LoaderError("onnxruntime is not installed: pip install 'densemesh[onnx]'") from missing
-
-_DATATYPES: Final = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(bfloat16)": "BF16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
 _BFLOAT16: Final = 16
 """onnx.TensorProto.BFLOAT16"""
 _PROVIDERS: Final = (
@@ -87,9 +61,11 @@ class OnnxLoader:
         estimate = self.estimate_bytes(artifact)
         with Change() as change:
             try:
-                session = ort.InferenceSession(str(artifact.path), _options(), providers=providers, enable_fallback=0)
+                session = ort.InferenceSession(
+                    str(artifact.path), session_options(), providers=providers, enable_fallback=0
+                )
             except Exception as error:
-                reason = _reason(error)
+                reason = reason_of(error)
                 no_memory = isinstance(error, MemoryError) or "bad_alloc" in reason or "allocate memory" in reason
                 raise LoaderError(f"{artifact.path.name}: {reason}", retryable=no_memory) from error
             asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
@@ -97,7 +73,7 @@ class OnnxLoader:
                 raise LoaderError(f"{artifact.path.name}: {asked} does not start on this machine")
             # Weights on a device are not malloc's, and what its driver takes is not the model's.
             size_bytes = change.measured(estimate) if asked == "CPUExecutionProvider" else estimate
-        signature = agreed(_signature(session), artifact)
+        signature = agreed(signature_of(session), artifact)
         return OnnxModel(session, signature, size_bytes)
 
 
@@ -111,7 +87,7 @@ class OnnxModel:
         self.size_bytes = size_bytes
         self._session = session
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
-        self._has_bf16 = _has(session, "BF16")
+        self._has_bf16 = has_datatype(session, "BF16")
 
     def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
         """Run once; strings must be UTF-8, which is what an ONNX string is.
@@ -127,7 +103,7 @@ class OnnxModel:
             run = self._run_values if self._has_bf16 else self._session.run
             results: list[Tensor] = run(list(outputs), feeds)
         except Exception as error:
-            raise InferError(_reason(error), bad_input=isinstance(error, InvalidArgument)) from error
+            raise InferError(reason_of(error), bad_input=isinstance(error, InvalidArgument)) from error
         return {
             name: bytes_of(result) if result.dtype == object else result
             for name, result in zip(outputs, results, strict=True)
@@ -165,18 +141,6 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _options() -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.log_severity_level = 4  # fatal only: reasons reach the caller as exceptions
-    return options
-
-
 def _providers(artifact: Artifact) -> list[Any]:
     """Execution providers in order of preference, the CPU last.
 
@@ -204,31 +168,3 @@ def _providers(artifact: Artifact) -> list[Any]:
             raise LoaderError(f"execution provider {name!r} is not available here: expected {' or '.join(here)}")
     first: Any = (names[0], options) if options else names[0]
     return [first, *names[1:], *({"CPUExecutionProvider"} - set(names))]
-
-
-def _signature(session: Any) -> Signature:
-    signature = Signature(
-        inputs=tuple(map(_spec, session.get_inputs())),
-        outputs=tuple(map(_spec, session.get_outputs())),
-        platform="onnx_onnxv1",
-    )
-    if _has(session, "BF16") and _has(session, "BYTES"):
-        raise LoaderError("models that take or give both bfloat16 and string tensors are not supported")
-    return signature
-
-
-def _spec(node: Any) -> TensorSpec:
-    datatype = _DATATYPES.get(node.type)
-    if datatype is None:
-        hint = ": export it with zipmap=False" if "map(" in node.type else ""
-        raise LoaderError(f"{node.name!r} is a {node.type}, which has no V2 datatype{hint}")
-    return TensorSpec(node.name, datatype, tuple(size if isinstance(size, int) else -1 for size in node.shape))
-
-
-def _has(session: Any, datatype: str) -> bool:
-    return any(_DATATYPES.get(node.type) == datatype for node in (*session.get_inputs(), *session.get_outputs()))
-
-
-def _reason(error: Exception) -> str:
-    """ONNX Runtime's sentence without its `[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : ` and line breaks."""
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))[:500]

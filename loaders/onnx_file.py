@@ -20,8 +20,8 @@ from typing import Final
 from loaders.artifacts import reading
 from loaders.base import LoaderError
 
-_SESSION_BYTES: Final = 85_000
-_NODE_BYTES: Final = 3_000
+SESSION_BYTES: Final = 85_000
+NODE_BYTES: Final = 3_000
 _WEIGHT_BYTES: Final = 1_200
 _TREE_FACTOR: Final = 4.5
 _SMALL_NODE: Final = 1024
@@ -52,7 +52,7 @@ def weigh(path: Path, *, widened: bool = True) -> int:
     with _graphs(path) as (data, graphs):
         for start, end in graphs:
             _weigh_graph(data, start, end, path, 2 if widened else 1, weight)
-    objects = _SESSION_BYTES + _NODE_BYTES * weight.nodes + _WEIGHT_BYTES * weight.initializers
+    objects = SESSION_BYTES + NODE_BYTES * weight.nodes + _WEIGHT_BYTES * weight.initializers
     return objects + round(weight.stored)
 
 

@@ -41,6 +41,8 @@ class Declared:
     """The model's file: MLServer's from `folder`, Triton's in the version's folder."""
     implementation: str = ""
     """MLServer's, a Python class."""
+    platform: str = ""
+    """Triton's platform or backend."""
     versions: tuple[int, ...] = ()
     """Those that Triton's version policy names; empty: any."""
 
@@ -66,11 +68,11 @@ def declared_in(folders: Sequence[Path], directory: Path) -> Declared:
         raise ValueError(f"it has both {SETTINGS_FILE} and {CONFIG_FILE}: keep one")
     said = Declared()
     if settings:
-        said = _settings(_read(settings, directory), settings.parent)
+        said = _settings(read_inside(settings, directory), settings.parent)
     elif config:
-        said = _config(_read(config, directory), config.parent)
+        said = _config(read_inside(config, directory), config.parent)
     if schema:
-        said = replace(said, settings=signature_in(SCHEMA_FILE, _read(schema, directory)).over(said.settings))
+        said = replace(said, settings=signature_in(SCHEMA_FILE, read_inside(schema, directory)).over(said.settings))
     return said
 
 
@@ -129,6 +131,7 @@ def _config(text: str, folder: Path) -> Declared:
         folder,
         name=config.name,
         uri=config.default_model_filename,
+        platform=config.platform or config.backend,
         versions=tuple(config.version_policy.specific.versions),
     )
 
@@ -164,7 +167,8 @@ def check_inside(path: Path, directory: Path) -> None:
         raise ValueError(f"{path.name!r} leads out of {directory.name!r}")
 
 
-def _read(path: Path, directory: Path) -> str:
+def read_inside(path: Path, directory: Path) -> str:
+    """A small text file in a model's directory. Raises: see `declared_in`."""
     check_inside(path, directory)
     return read_text(path)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from loaders import canonical, loader_for
-from loaders.artifacts import local_path, reading, resolve
+from loaders.artifacts import local_path, newest_version, reading, resolve
 from loaders.base import Artifact, LoadedModel, Loader, LoaderError
 from loaders.prepare import Damaged
 from loaders.prepare.preparation import Outcome, Preparation, Prepared
@@ -195,7 +195,8 @@ class Models:
     def _read(self, model: ModelRecord, settings: ModelSettings, where: Path | str) -> tuple[Artifact, ModelSettings]:
         """The model's files, and its settings: those given over what files in its directory declare."""
         if self._is_remote(model):  # whose files say to the server what they say
-            return Artifact(Path(where), settings.parameters, settings.inputs, settings.outputs), settings
+            path = Path(where) if self._is_pulled(model) else local_path(str(where))
+            return Artifact(path, settings.parameters, settings.inputs, settings.outputs), settings
         format_name = format_of(model)
         said, uri = Declared(), str(where)
         if uri not in ("", "synthetic") and (directory := local_path(uri)).is_dir():
@@ -205,8 +206,15 @@ class Models:
                     check_inside(directory / said.uri, directory)
                     uri = str(directory / said.uri)
                 default = said.uri if said.where == CONFIG_FILE else ""
-                path = resolve(format_name, uri, allowed_code=self._allowed_code, default_model_filename=default)
-                said = declared_in([directory if path == directory else path.parent, directory], directory)
+                path = resolve(
+                    format_name,
+                    uri,
+                    allowed_code=self._allowed_code,
+                    default_model_filename=default,
+                    versions=said.versions,
+                )
+                home = directory if path == directory else newest_version(directory, said.versions)
+                said = declared_in([home, directory], directory)
         else:
             path = resolve(format_name, uri, allowed_code=self._allowed_code)
         # What concerns the registration is not told by files that only a load sees.

@@ -284,7 +284,7 @@ class Pod:
         if not self.config.models:
             return
         try:
-            models, problems = scan(Path(self.config.models))
+            models, problems = scan(Path(self.config.models), self._runtime.settings.formats if self._runtime else ())
         except ValueError as error:
             raise BadSetting(f"--models: {error}") from None
         for name, reason in problems:

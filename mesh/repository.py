@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
 from loaders import LOADERS, recognised
+from loaders.artifacts import newest_version, unfolded
 from mesh.declared import CONFIG_FILE, check_inside, declared_in
 from mesh.settings import ModelSettings, to_key
+from mesh.triton import format_said
 
 MAX_ID_CHARS: Final = 253
 
@@ -23,8 +24,6 @@ IMPLEMENTATIONS: Final[dict[str, str]] = {
 """MLServer's runtimes whose model files one of our formats reads."""
 
 _NAMES: Final = ", ".join(name for entry in LOADERS.values() for name in (*entry.extensions, *entry.markers))
-_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
-"""Triton ignores directories that are not numbers or begin with 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +36,11 @@ class RepositoryModel(ModelSettings):
     """The model, absolute. Symbolic links are not resolved, so that an update through them is seen."""
 
 
-def scan(root: Path) -> tuple[list[RepositoryModel], list[tuple[str, str]]]:
+def scan(root: Path, served: Collection[str] = ()) -> tuple[list[RepositoryModel], list[tuple[str, str]]]:
     """The models of a repository by directory name, and (directory name, reason) of each that cannot be served.
 
-    Files in the root and hidden directories are ignored. `to_key` accepts every model.
+    Files in the root and hidden directories are ignored. `to_key` accepts every model. Of formats that are the pod's
+    model server's, `served`, the directory is the model.
 
     Raises:
         ValueError: root is not a directory, or cannot be read.
@@ -54,7 +54,7 @@ def scan(root: Path) -> tuple[list[RepositoryModel], list[tuple[str, str]]]:
     for directory in directories:
         try:
             check_inside(directory, root)
-            model = _model(directory)
+            model = _model(directory, served)
             to_key(model)
             if model.model_id in models:
                 raise ValueError(f"its id {model.model_id!r} is already that of {models[model.model_id].path}")
@@ -66,7 +66,7 @@ def scan(root: Path) -> tuple[list[RepositoryModel], list[tuple[str, str]]]:
     return list(models.values()), problems
 
 
-def _model(directory: Path) -> RepositoryModel:
+def _model(directory: Path, served: Collection[str]) -> RepositoryModel:
     """The model in a directory.
 
     Raises:
@@ -81,12 +81,15 @@ def _model(directory: Path) -> RepositoryModel:
     if said.implementation and said.implementation not in IMPLEMENTATIONS and not is_python:
         expected = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"{said.where}: unknown implementation {said.implementation!r}, expected {expected}")
+    format_name = IMPLEMENTATIONS.get(said.implementation) or format_said(said.platform, home, directory, served)
     base = home if said.where == CONFIG_FILE else said.folder
-    path = base / said.uri if said.uri else _only_model(home)
+    path = directory
+    if format_name not in served:
+        path = unfolded(base / said.uri) if said.uri else _only_model(home, format_name)
     check_inside(path, directory)
     if not path.exists():
         raise ValueError(f"{said.where}: {said.uri!r} is not a file")
-    format_name = IMPLEMENTATIONS.get(said.implementation) or recognised(path)
+    format_name = format_name or recognised(path)
     if not format_name:
         raise ValueError(f"{said.where}: {said.uri!r} is no model: expected one of {_NAMES}")
     model_id = said.name or directory.name
@@ -101,22 +104,25 @@ def _model(directory: Path) -> RepositoryModel:
 def _home(directory: Path, pinned: Collection[int]) -> Path:
     """Where the model file lies: the highest version's directory (of those pinned), else the model's own."""
     names = [path.name for path in directory.iterdir() if path.is_dir() and path.name[0] != "."]
-    versions = [int(name) for name in names if _VERSION.fullmatch(name) and (not pinned or int(name) in pinned)]
-    if pinned and not versions:
+    home = newest_version(directory, pinned)
+    if pinned and home == directory:
         raise ValueError(f"{CONFIG_FILE}: none of the versions {sorted(pinned)} of version_policy is there")
-    if not versions and names and not any(map(recognised, (directory, *directory.iterdir()))):
+    if home == directory and names and not any(map(recognised, (directory, *directory.iterdir()))):
         raise ValueError(f"{', '.join(map(repr, sorted(names)[:8]))}: a version directory's name is a number from 1")
-    return directory / str(max(versions)) if versions else directory
+    return home
 
 
-def _only_model(home: Path) -> Path:
-    """The model in a directory: a file or directory of one of our formats, or the directory itself."""
-    if recognised(home):
+def _only_model(home: Path, format_name: str) -> Path:
+    """The model in a directory: a file or directory of that format, if it is known, or of one of ours, or the directory
+    itself."""
+    is_model = LOADERS[format_name].name_in if format_name else recognised
+    if is_model(home):
         return home
-    found = sorted(path for path in home.iterdir() if path.name[0] != "." and recognised(path))
+    found = sorted(path for entry in home.iterdir() if entry.name[0] != "." and is_model(path := unfolded(entry)))
     found = [path for path in found if path.name.startswith("model.")] or found
     if len(found) > 1:
         raise ValueError(f"several model files: {', '.join(path.name for path in found[:8])}")
     if not found:
-        raise ValueError(f"no model file in {home.name!r}: expected model with one of {_NAMES}")
+        names = (*LOADERS[format_name].extensions, *LOADERS[format_name].markers) if format_name else (_NAMES,)
+        raise ValueError(f"no model file in {home.name!r}: expected model with one of {', '.join(names)}")
     return found[0]

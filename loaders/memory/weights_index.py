@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from loaders.memory.layout import MAX_TENSORS, Layout, laid_out
@@ -11,7 +12,7 @@ from loaders.memory.layout import MAX_TENSORS, Layout, laid_out
 MAX_INDEX_BYTES: Final = 32 << 20
 MAX_ARCHITECTURE_CHARS: Final = 256
 
-_KEYS: Final = {"name": str, "datatype": str, "shape": list, "offset": int, "length": int, "digest": str}
+_KEYS: Final = {"name": str, "datatype": str, "shape": list, "offset": int, "length": int}
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ def told(contents: Contents) -> bytes:
             "shape": place.shape,
             "offset": place.offset,
             "length": place.size_bytes,
-            "digest": digest,
         }
-        for place, digest in zip(contents.layout.places, contents.digests, strict=True)
+        for place in contents.layout.places
     ]
-    return json.dumps({"architecture": contents.architecture, "tensors": tensors}, separators=(",", ":")).encode()
+    head = json.dumps({"architecture": contents.architecture, "tensors": tensors}, separators=(",", ":"))
+    return "\n".join((head, *contents.digests)).encode()
 
 
 def parsed(index: bytes) -> Contents:
@@ -47,8 +48,19 @@ def parsed(index: bytes) -> Contents:
     Raises:
         ValueError: naming the field and what was expected.
     """
+    head, _, digests = index.partition(b"\n")
+    architecture, layout = _head(head)
+    told = tuple(digests.decode("ascii", "replace").split("\n")) if digests else ()
+    if len(told) != len(layout.places) or any(len(digest) != 64 for digest in told):
+        raise ValueError(f"digests: expected {len(layout.places)} of 64 hexadecimal digits")
+    return Contents(architecture, layout, told)
+
+
+@lru_cache(maxsize=64)
+def _head(head: bytes) -> tuple[str, Layout]:
+    """The part that models of one architecture have in common: it is parsed and kept once for all of them."""
     try:
-        found = json.loads(index)
+        found = json.loads(head)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"index: expected JSON: {error}") from error
     if not isinstance(found, dict) or found.keys() != {"architecture", "tensors"}:
@@ -65,11 +77,9 @@ def parsed(index: bytes) -> Contents:
             )
         if any(type(size) is not int for size in tensor["shape"]):
             raise ValueError(f"tensors[{n}].shape: expected integers")
-        if len(tensor["digest"]) != 64:
-            raise ValueError(f"tensors[{n}].digest: expected 64 hexadecimal digits")
     layout = laid_out((tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in tensors)
     for n, (tensor, place) in enumerate(zip(tensors, layout.places, strict=True)):
         if (tensor["offset"], tensor["length"]) != (place.offset, place.size_bytes):
             said, expected = f"{tensor['offset']}, {tensor['length']}", f"{place.offset}, {place.size_bytes}"
             raise ValueError(f"tensors[{n}].offset, length: expected {expected}, not {said}")
-    return Contents(architecture, layout, tuple(tensor["digest"] for tensor in tensors))
+    return architecture, layout

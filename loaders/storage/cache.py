@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.05
 _DROP_TRIES: Final = 20
+_JUST_NOW_S: Final = 1.0
+"""Uses that are closer are one."""
 _MANIFEST: Final = "manifest.json"
 _UNSYNCED: Final = "manifest.new"
 
@@ -81,7 +84,10 @@ class Cache:
             while True:
                 lock = self._locked(digest, fcntl.LOCK_SH)
                 if lock is not None and self._is_there(digest):
-                    os.utime(lock)
+                    if (
+                        time.time() > os.fstat(lock).st_mtime + _JUST_NOW_S
+                    ):  # a write that would wait for what is synced
+                        os.utime(lock)
                     return Lease(self.root / digest / "files", lock)
                 if lock is not None:
                     os.close(lock)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from math import inf
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -112,7 +113,7 @@ class Runtime:
 
     async def watch(self, lost: Callable[[Collection[ModelId]], None]) -> None:
         """Notice that it has gone, and that it is back; `lost` hears which models went with it. Until cancelled."""
-        tried_s = 0.0
+        tried_s = self.loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._suspected.wait(), _POLL_S)
@@ -144,7 +145,7 @@ class Runtime:
             load.cancel()
 
     async def _until_ready(self) -> None:
-        told_s = 0.0
+        told_s = -inf
         while True:
             try:
                 status = await self.manage("runtimeStatus", pb.RuntimeStatusRequest(), pb.RuntimeStatusResponse)

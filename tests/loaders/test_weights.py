@@ -185,9 +185,11 @@ def _forged(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """An index that says something else, with all checksums right."""
     whole = path.read_bytes()
     start = HEAD.unpack(whole[: HEAD.size])[1]
-    told = json.loads(whole[start:])
+    head, _, digests = whole[start:].partition(b"\n")
+    told = {**json.loads(head), "digests": digests.decode()}
     change(told)
-    index = json.dumps(told).encode()
+    last = told.pop("digests", "")
+    index = json.dumps(told).encode() + b"\n" + last.encode()
     head = HEAD.pack(b"densemw1", start, len(index), start + len(index), hashlib.sha256(index).digest())
     path.write_bytes(head + whole[HEAD.size : start] + index)
 
@@ -199,7 +201,7 @@ def _forged(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda told: told.update(architecture=7), "architecture: expected"),
         (lambda told: told.update(more=1), "index: expected an object"),
         (lambda told: told.update(tensors={}), "tensors: expected a list"),
-        (lambda told: told["tensors"][1].pop("digest"), r"tensors\[1\]: expected name"),
+        (lambda told: told["tensors"][1].pop("length"), r"tensors\[1\]: expected name"),
         (lambda told: told["tensors"][1].update(offset=True), r"tensors\[1\]: expected name"),
         (lambda told: told["tensors"][1].update(offset=64), r"tensors\[1\]\.offset, length: expected"),
         (lambda told: told["tensors"][1].update(length=1 << 40), r"tensors\[1\]\.offset, length: expected"),
@@ -210,8 +212,9 @@ def _forged(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda told: told["tensors"][1].update(datatype="BYTES"), "datatype of 'bias': expected one of"),
         (lambda told: told["tensors"][1].update(name="x" * 2000), "name: expected 1 to 1024"),
         (lambda told: told["tensors"][1].update(name="dense"), "name: expected to be unique"),
-        (lambda told: told["tensors"][1].update(digest="ab"), r"tensors\[1\]\.digest: expected 64"),
-        (lambda told: told["tensors"].pop(3), r"tensors\[3\]\.offset|index: expected at"),
+        (lambda told: told.update(digests=told["digests"][1:]), "digests: expected"),
+        (lambda told: told.update(digests=told["digests"] + "\n" + 64 * "0"), "digests: expected"),
+        (lambda told: told["tensors"].pop(3), r"tensors\[3\]\.offset|digests: expected"),
     ],
 )
 def test_a_hostile_index_is_refused_by_field(path: Path, change: Callable[[dict[str, Any]], object], told: str) -> None:
@@ -219,3 +222,27 @@ def test_a_hostile_index_is_refused_by_field(path: Path, change: Callable[[dict[
     _forged(path, change)
     with pytest.raises(CorruptWeights, match=told):
         WeightsFile(path)
+
+
+def test_models_of_one_architecture_share_their_layout(path: Path) -> None:
+    """It is parsed once, and kept once for a thousand of them."""
+    write_weights(path, tensors(), "a")
+    other = path.with_name("other.weights")
+    write_weights(other, {name: array * 0 for name, array in tensors().items()}, "a")
+    with WeightsFile(path) as one, WeightsFile(other) as two:
+        assert one.layout is two.layout
+        assert one.contents.digests != two.contents.digests
+
+
+def test_a_populated_file_is_resident_before_it_is_read(path: Path) -> None:
+    write_weights(path, {"w": np.ones(4 << 20, np.uint8)})
+    with WeightsFile(path) as file:
+        file.populate()
+        start = file.run.ctypes.data
+        with open("/proc/self/smaps") as smaps:
+            lines = iter(smaps)
+            mapped = next(line for line in lines if line.startswith(f"{start - 4096:x}-"))
+            resident_kb = next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+        assert path.name in mapped
+        assert resident_kb >= 4096
+        assert (file.views()["w"] == 1).all()

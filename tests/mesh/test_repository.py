@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loaders.artifacts import resolve
 from loaders.base import TensorSpec
 from loaders.datatypes import DTYPES
 from mesh.declared import MAX_CONFIG_BYTES
@@ -98,6 +99,54 @@ def test_triton_file_name_version_policy_and_shapes_without_batching(tmp_path: P
     assert model.inputs == (TensorSpec("x", "INT64", ()),)
 
 
+@pytest.mark.parametrize(
+    ("says", "files", "format_name", "path"),
+    [
+        ('platform: "onnxruntime_onnx"', ["1/model.onnx", "1/model.pt"], "onnx", "1/model.onnx"),
+        ('backend: "pytorch"', ["1/model.onnx", "1/model.pt"], "torch", "1/model.pt"),
+        (
+            'backend: "onnxruntime"',
+            ["2/model.onnx/model.onnx", "2/model.onnx/w.bin"],
+            "onnx",
+            "2/model.onnx/model.onnx",
+        ),
+        ('default_model_filename: "net.onnx"', ["1/net.onnx/model.onnx"], "onnx", "1/net.onnx/model.onnx"),
+        ("", ["7/model.onnx/model.onnx", "3/model.onnx"], "onnx", "7/model.onnx/model.onnx"),
+    ],
+)
+def test_tritons_names_say_which_file_is_the_model(
+    tmp_path: Path, says: str, files: list[str], format_name: str, path: str
+) -> None:
+    lay(tmp_path, {"m/config.pbtxt": says, **dict.fromkeys([f"m/{name}" for name in files], "")})
+    model = only(tmp_path)
+    assert (model.format, model.path, model.version) == (format_name, tmp_path / "m" / path, path[0])
+    default = "net.onnx" if "net" in path else ""
+    code = frozenset(["pt"])
+    assert resolve(format_name, str(tmp_path / "m"), allowed_code=code, default_model_filename=default) == model.path
+
+
+@pytest.mark.parametrize(
+    ("says", "file", "needs"),
+    [
+        ('platform: "tensorrt_plan"', "model.plan", "tensorrt"),
+        ("", "model.plan", "tensorrt"),
+        ('backend: "dali"', "model.dali", "dali"),
+        ('platform: "ensemble"', "", "ensemble"),
+        ('backend: "python"', "model.py", "python"),
+        ("", "model.py", "python"),
+        ("", "model.graphdef", "tensorflow"),
+    ],
+)
+def test_what_only_a_model_server_can_run(tmp_path: Path, says: str, file: str, needs: str) -> None:
+    script = "import triton_python_backend_utils as pb_utils"
+    lay(tmp_path, {"m/config.pbtxt": says, f"m/1/{file or 'empty'}": script})
+    models, ((_, reason),) = scan(tmp_path)
+    assert models == []
+    assert reason.endswith(f"models need a model server: --runtime-formats {needs}")
+    (model,), problems = scan(tmp_path, served=[needs])
+    assert (model.format, model.path, problems) == (needs, tmp_path / "m", [])
+
+
 def test_dynamic_batching(tmp_path: Path) -> None:
     # Triton, docs/user_guide/batcher.md; MLServer, docs/user-guide/adaptive-batching.md
     config = "max_batch_size: 8 dynamic_batching { preferred_batch_size: [8, 4] max_queue_delay_microseconds: 100 }"
@@ -164,6 +213,7 @@ def config(text: str) -> dict[str, str | dict[str, Any]]:
         (config("input { name: 'x' dims: 1 }"), "inputs[0] 'x': unknown datatype 'INVALID'"),
         (config("input { name: 'x' data_type: TYPE_FP32 dims: -2 }"), "shape is not a list of numbers from -1"),
         (config("output { name: 'x' data_type: TYPE_FP32 reshape { } }"), "'x' has reshape: declare the shape that"),
+        (config('platform: "pytorch_libtorch"'), "no model file in '1': expected model with one of .pt2, .pt"),
         (config("version_policy { specific { versions: 7 } }"), "none of the versions [7] of version_policy is there"),
         (config("default_model_filename: '../../x'"), "'x' leads out of 'm'"),
     ],

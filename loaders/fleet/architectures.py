@@ -1,0 +1,138 @@
+"""One session per skeleton, for as long as a model in this process uses it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from loaders.artifacts import reading
+from loaders.base import LoaderError, Signature
+from loaders.fleet.feeding import open_session
+from loaders.onnx_file import NODE_BYTES, SESSION_BYTES
+from loaders.onnx_session import reason_of, signature_of
+
+SKELETON_FILE: Final = "skeleton.onnx"
+WEIGHTS_FILE: Final = "model.weights"
+PREPACKED_FILE: Final = "prepacked.onnx"
+FACTS_FILE: Final = "facts.json"
+
+
+@cache
+def machine() -> str:
+    """What a skeleton is good for: the instruction set, by which ONNX Runtime lays convolutions out."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was measured when a model was split."""
+
+    nodes: int
+    saving: float
+    """Part of a run's time that prepacked weights spare."""
+    machine: str
+
+    @property
+    def session_bytes(self) -> int:
+        """What a session takes beside weights."""
+        return SESSION_BYTES + NODE_BYTES * self.nodes
+
+
+def read_facts(folder: Path) -> Facts:
+    """
+    Raises:
+        LoaderError: they are not there, not what `split` writes, or those of another kind of machine.
+    """
+    with reading(folder / FACTS_FILE):
+        text = (folder / FACTS_FILE).read_bytes()
+    try:
+        facts = Facts(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise LoaderError(f"{FACTS_FILE} is damaged: {error}", retryable=True) from error
+    if facts.machine != machine():
+        raise LoaderError("it was prepared on another kind of CPU", retryable=True)
+    return facts
+
+
+class Architecture:
+    """A skeleton's session, and what it takes and gives."""
+
+    def __init__(self, digest: str, folder: Path, facts: Facts, weights: Mapping[str, object]) -> None:
+        """`weights`: names of the inputs that are not the client's.
+
+        Raises:
+            LoaderError: the skeleton is not the one of that digest, or does not load.
+        """
+        path = folder / SKELETON_FILE
+        with reading(path):
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != digest:
+            raise LoaderError(f"{SKELETON_FILE} is damaged: its checksum differs from the one written", retryable=True)
+        try:
+            self.session: Any = open_session(path)
+        except Exception as error:
+            raise LoaderError(f"{SKELETON_FILE}: {reason_of(error)}") from error
+        whole = signature_of(self.session)
+        self.signature = Signature(
+            tuple(spec for spec in whole.inputs if spec.name not in weights), whole.outputs, whole.platform
+        )
+        self.digest = digest
+        self.facts = facts
+        self.models = 0
+        """That use it."""
+        self.promoted = 0
+        """Of these, the ones that have a session of their own."""
+
+
+class Architectures:
+    """Those in use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_use: dict[str, Architecture] = {}
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._in_use
+
+    def take(self, digest: str, folder: Path, weights: Mapping[str, object]) -> tuple[Architecture, bool]:
+        """The architecture for one more model, and whether it is its first. Each `take` is made up for by one `drop`.
+
+        Raises:
+            LoaderError: see `Architecture`.
+        """
+        with self._lock:  # building one takes 0.2 to 35 ms; whoever waits most likely wants the same
+            architecture = self._in_use.get(digest)
+            is_first = architecture is None
+            if architecture is None:
+                architecture = Architecture(digest, folder, read_facts(folder), weights)
+                self._in_use[digest] = architecture
+            architecture.models += 1
+            return architecture, is_first
+
+    def drop(self, architecture: Architecture) -> None:
+        """One model less."""
+        with self._lock:
+            architecture.models -= 1
+            if not architecture.models:
+                del self._in_use[architecture.digest]
+
+    def in_use(self) -> list[Architecture]:
+        """For those who watch."""
+        with self._lock:
+            return list(self._in_use.values())
+
+
+architectures: Final = Architectures()
+"""Of this process."""
