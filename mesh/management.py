@@ -96,7 +96,7 @@ class Management:
             check_id("modelId", request.modelId),
             request.modelInfo,
             used_ms(request.lastUsedTime, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
-            pods=self._engine.peers.pods().values(),
+            labels=self._labels(request.modelId),
         )
         await self.register(asked)
         record = asked.record
@@ -129,6 +129,11 @@ class Management:
             if known is None and key in self._mirror.quarantined:
                 raise FailedPrecondition(f"the registry's record cannot be read: {self._mirror.quarantined[key]}")
         raise FailedPrecondition(f"model {asked.record.model_id!r} is being changed by others; try again")
+
+    def _labels(self, model_id: str) -> list[str]:
+        known = self._view.models.get(model_id)
+        pods = self._engine.peers.pods().values()
+        return [*(pod.labels for pod in pods), *([known.requires] if known is not None else [])]
 
     async def _unregister(self, call: Call, message: bytes) -> bytes:
         model_id = check_id("modelId", parse(pb.UnregisterModelRequest, message).modelId)
@@ -202,7 +207,7 @@ class Management:
                 request.modelInfo,
                 used_ms(0, _AGE_LOADED_MS if request.loadNow else _AGE_REGISTERED_MS),
                 auto_delete=request.autoDeleteTargetModel,
-                pods=self._engine.peers.pods().values(),
+                labels=self._labels(request.targetModelId),
             )
         await self._vmodels.set(request, asked)
         known = self._view.models.get(request.targetModelId)

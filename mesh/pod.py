@@ -292,8 +292,8 @@ class Pod:
         for model in models:
             try:
                 info = pb.ModelInfo(type=model.format, path=str(model.path), key=to_key(model))
-                pods = self.engine.peers.pods().values()
-                await management.register(registration(model.model_id, info, now_ms(), pods=pods))
+                labels = [pod.labels for pod in self.engine.peers.pods().values()]
+                await management.register(registration(model.model_id, info, now_ms(), labels=labels))
             except (MeshError, RegistryError) as error:
                 log.warning("model %s is not registered: %s", model.model_id, error)
         log.info("%d models registered from %s", len(models), self.config.models)

@@ -17,7 +17,7 @@ from mesh.models import format_of
 from mesh.placement_settings import NAMES, fields_of
 from mesh.runtime.settings import required
 from mesh.settings import from_key
-from placement.records import ModelRecord, PodRecord
+from placement.records import ModelRecord
 from protos import management_pb2 as pb
 
 MAX_PATH_BYTES: Final = 4096
@@ -50,9 +50,10 @@ class Registration:
 
 
 def registration(
-    model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_delete: bool = False, pods: Iterable[PodRecord] = ()
+    model_id: str, info: pb.ModelInfo, last_used_ms: int, *, auto_delete: bool = False, labels: Iterable[str] = ()
 ) -> Registration:
-    """The registration that ModelInfo {type, path, key} asks for; `pods` are those whose model servers count.
+    """The registration that ModelInfo {type, path, key} asks for; `labels` are those of all pods, which tell what model
+    servers there are, and those that the model requires, if it is registered already.
 
     Raises:
         InvalidRequest: names the field and what was expected.
@@ -65,7 +66,7 @@ def registration(
         record = replace(record, key=_without_placement(info.key), **fields_of(placement))
     except ValueError as error:
         raise InvalidRequest(f"modelInfo.{error}") from None
-    if label := required(record.format, format_of(record), pods):
+    if label := required(record.format, format_of(record), labels):
         record = replace(record, requires=",".join(sorted({*filter(None, record.requires.split(",")), label})))
     elif format_of(record) not in LOADERS:
         ours = ", ".join(sorted(LOADERS))

@@ -88,7 +88,7 @@ class RemoteLoader:
         """What the server says that the model takes and gives; one that does not say takes and gives anything."""
         request = v2.ModelMetadataRequest(name=self._model.model_id)
         try:
-            told = await self._runtime.ask("ModelMetadata", request, v2.ModelMetadataResponse)
+            told = await self._runtime.calls.ask("ModelMetadata", request, v2.ModelMetadataResponse)
         except Unimplemented:
             told = v2.ModelMetadataResponse()
         inputs, outputs = (
@@ -134,16 +134,16 @@ class RemoteModel:
         """The answer to a ModelInferRequest, whatever model that names. On the loop.
 
         Raises:
-            MeshError: see `Runtime.infer`; `Overloaded`: too many wait.
+            MeshError: see `Calls.infer`; `Overloaded`: too many wait.
         """
         if self._slots is None:
-            return await self._runtime.infer(self._model_id, message, deadline)
+            return await self._runtime.calls.infer(self._model_id, message, deadline)
         if self._under_way >= self._most:
             raise Overloaded(f"model {self._model_id!r}: {self._under_way} requests are under way and wait")
         self._under_way += 1
         try:
             async with self._slots:
-                return await self._runtime.infer(self._model_id, message, deadline)
+                return await self._runtime.calls.infer(self._model_id, message, deadline)
         finally:
             self._under_way -= 1
 

@@ -1,4 +1,4 @@
-"""The server itself: whether it is there, and its calls. Everything here runs on the event loop.
+"""The server itself: whether it is there, and which models it has. Everything here runs on the event loop.
 
 It is asked for its status until it is READY, at start and whenever it was gone: that is also its word that it has no
 models. A server that goes takes its models with it, so the pod gives their copies up.
@@ -12,42 +12,31 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from math import inf
-from typing import Final, TypeVar
-
-from google.protobuf.message import DecodeError, Message
+from typing import Final
 
 from mesh.errors import (
     FailedPrecondition,
     InvalidRequest,
     MeshError,
-    ModelFailed,
     ModelNotFound,
-    NotHere,
     PodUnavailable,
     ServerUnavailable,
     Unimplemented,
 )
 from mesh.rpc import Client
+from mesh.runtime.calls import Calls
 from mesh.runtime.settings import RuntimeSettings
-from mesh.wire import with_strings
 from placement.limits import Limits
 from placement.records import ModelId
-from protos import inference_pb2 as v2
 from protos import runtime_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=Message)
-
-SPI: Final = "/mmesh.ModelRuntime/"
-V2: Final = "/inference.GRPCInferenceService/"
 _INFER: Final = "inference.GRPCInferenceService/ModelInfer"
 
 START_S: Final = 180.0
 """How long a starting pod waits for its server (ModelMesh)."""
 _POLL_S: Final = 2.0
-_ANSWER_S: Final = 10.0
-"""For what a healthy server answers at once."""
 _LOG_EVERY_S: Final = 20.0
 _PREDICT_S: Final = 0.5
 _SIZE_S: Final = 30.0
@@ -68,16 +57,16 @@ class Runtime:
     def __init__(self, settings: RuntimeSettings, client: Client) -> None:
         """`client` is its own: it speaks plaintext."""
         self.settings = settings
+        self.calls = Calls(settings, client)
         self.status = pb.RuntimeStatusResponse()
         self.loop = asyncio.get_running_loop()
         self.generation = 0
         """How often it was READY; 0: it was never. What was loaded in another one is gone."""
         self.is_up = False
-        self._client = client
-        self._suspected = asyncio.Event()
         self._loaded: set[ModelId] = set()
         self._unreleased: set[ModelId] = set()
         """Models that it could not be made to unload."""
+        self._releasing = asyncio.Lock()
         self._predicts = True
         self._loads: set[asyncio.Task[object]] = set()
         self._stopped = False
@@ -116,9 +105,9 @@ class Runtime:
         tried_s = self.loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._suspected.wait(), _POLL_S)
-            self._suspected.clear()
-            if await self._is_alive():
+                await asyncio.wait_for(self.calls.suspected.wait(), _POLL_S)
+            self.calls.suspected.clear()
+            if await self.calls.is_alive():
                 if self._unreleased and self.loop.time() >= tried_s + _AGAIN_S:
                     tried_s = self.loop.time()
                     await self._release()
@@ -134,10 +123,10 @@ class Runtime:
         self.loop.call_soon_threadsafe(self._stop)
 
     async def close(self) -> None:
-        await self._client.close()
+        await self.calls.close()
 
     def __str__(self) -> str:
-        return f"the model server {self.settings.name} at {self.settings.address}"
+        return str(self.calls)
 
     def _stop(self) -> None:
         self._stopped = True
@@ -148,7 +137,7 @@ class Runtime:
         told_s = -inf
         while True:
             try:
-                status = await self.manage("runtimeStatus", pb.RuntimeStatusRequest(), pb.RuntimeStatusResponse)
+                status = await self.calls.manage("runtimeStatus", pb.RuntimeStatusRequest(), pb.RuntimeStatusResponse)
                 why = f"it says {pb.RuntimeStatusResponse.Status.Name(status.status)}"
             except (MeshError, ValueError) as error:
                 status, why = pb.RuntimeStatusResponse(), str(error)
@@ -164,68 +153,6 @@ class Runtime:
         self.is_up = True
         log.info("%s %s is ready, capacity %d bytes", self, status.runtimeVersion, status.capacityInBytes)
 
-    async def _is_alive(self) -> bool:
-        """A server that cannot be reached twice in a row is gone; what it answers does not matter."""
-        for pause_s in (0.2, 0.0):
-            try:
-                await self.ask("ServerLive", v2.ServerLiveRequest(), v2.ServerLiveResponse)
-            except PodUnavailable:
-                await asyncio.sleep(pause_s)
-            except MeshError:
-                return True
-            else:
-                return True
-        return False
-
-    # Calls
-
-    async def manage(self, method: str, request: Message, answer: type[M], timeout_s: float = _ANSWER_S) -> M:
-        """Call the SPI.
-
-        Raises:
-            MeshError: the server's own answer; `PodUnavailable` if there is none.
-        """
-        return await self._call(self.settings.address, SPI + method, request, answer, timeout_s)
-
-    async def ask(self, method: str, request: Message, answer: type[M], timeout_s: float = _ANSWER_S) -> M:
-        """Call V2. Raises: see `manage`."""
-        return await self._call(self.settings.data_address, V2 + method, request, answer, timeout_s)
-
-    async def infer(self, model_id: ModelId, message: bytes, deadline: float) -> bytes:
-        """Have a loaded model answer a ModelInferRequest, whatever model it names.
-
-        Raises:
-            NotHere: the server does not have the model (any more).
-            ServerUnavailable: it does not answer, or not now.
-            MeshError: its own answer.
-        """
-        message = with_strings(message, {1: model_id, 2: ""})
-        try:
-            return (await self._client.call(self.settings.data_address, V2 + "ModelInfer", message, (), deadline))[0]
-        except MeshError as error:
-            if _may_mean_unknown(error) and not await self._has(model_id):
-                raise NotHere(f"{self} does not have model {model_id!r} any more: {error}") from None
-            if isinstance(error, PodUnavailable):
-                self._suspected.set()
-                raise ServerUnavailable(f"{self}: {error}") from None
-            raise
-
-    async def _has(self, model_id: ModelId) -> bool:
-        try:
-            return (await self.ask("ModelReady", v2.ModelReadyRequest(name=model_id), v2.ModelReadyResponse)).ready
-        except PodUnavailable as error:
-            return not _may_mean_unknown(error)
-        except MeshError:
-            return False
-
-    async def _call(self, address: str, method: str, request: Message, answer: type[M], timeout_s: float) -> M:
-        deadline = self.loop.time() + timeout_s
-        response, _ = await self._client.call(address, method, request.SerializeToString(), (), deadline)
-        try:
-            return answer.FromString(response)
-        except DecodeError as error:
-            raise ModelFailed(f"{method} was answered with something else: {error}") from None
-
     # Loads
 
     async def load(self, request: pb.LoadModelRequest) -> tuple[pb.LoadModelResponse, int]:
@@ -237,16 +164,17 @@ class Runtime:
         model_id = request.modelId
         if self._stopped or not self.is_up:
             raise ServerUnavailable(f"{self} does not answer")
-        if model_id in self._unreleased:
-            await self._unload(model_id)
-            self._unreleased.discard(model_id)
+        async with self._releasing:
+            if model_id in self._unreleased:
+                await self._unload(model_id)
+                self._unreleased.discard(model_id)
         generation = self.generation
         timeout_s = self.status.modelLoadingTimeoutMs / 1e3 or _LOAD_S
         load = asyncio.current_task()
         assert load is not None
         self._loads.add(load)
         try:
-            response = await self.manage("loadModel", request, pb.LoadModelResponse, timeout_s)
+            response = await self.calls.manage("loadModel", request, pb.LoadModelResponse, timeout_s)
             if not response.sizeInBytes:
                 response.sizeInBytes = await self._size(model_id)
         except asyncio.CancelledError:
@@ -254,7 +182,7 @@ class Runtime:
             raise ServerUnavailable("the pod stops") from None
         except MeshError as error:
             if isinstance(error, PodUnavailable):
-                self._suspected.set()
+                self.calls.suspected.set()
             if not isinstance(error, _NOT_ATTEMPTED):
                 await self.unload(model_id, generation)
             raise
@@ -268,7 +196,7 @@ class Runtime:
     async def _size(self, model_id: ModelId) -> int:
         request = pb.ModelSizeRequest(modelId=model_id)
         try:
-            return (await self.manage("modelSize", request, pb.ModelSizeResponse, _SIZE_S)).sizeInBytes
+            return (await self.calls.manage("modelSize", request, pb.ModelSizeResponse, _SIZE_S)).sizeInBytes
         except Unimplemented:
             return 0
 
@@ -276,7 +204,7 @@ class Runtime:
         """Bytes that a model will take; 0: the server does not tell."""
         if self._predicts and self.is_up:
             try:
-                answer = await self.manage("predictModelSize", request, pb.PredictModelSizeResponse, _PREDICT_S)
+                answer = await self.calls.manage("predictModelSize", request, pb.PredictModelSizeResponse, _PREDICT_S)
                 return answer.sizeInBytes
             except Unimplemented:
                 self._predicts = False
@@ -304,21 +232,12 @@ class Runtime:
     async def _release(self) -> None:
         for model_id in list(self._unreleased):
             with contextlib.suppress(MeshError):
-                await self._unload(model_id)
-                self._unreleased.discard(model_id)
+                async with self._releasing:
+                    if model_id in self._unreleased:
+                        await self._unload(model_id)
+                        self._unreleased.discard(model_id)
 
     async def _unload(self, model_id: ModelId) -> None:
         with contextlib.suppress(ModelNotFound):
             request = pb.UnloadModelRequest(modelId=model_id)
-            await self.manage("unloadModel", request, pb.UnloadModelResponse, _UNLOAD_S)
-
-
-def _may_mean_unknown(error: MeshError) -> bool:
-    """Whether a server may say so that it does not have the model: NOT_FOUND; Triton: UNAVAILABLE, "Request for unknown
-    model: 'm' is not found" or "has no available versions"; MLServer: INVALID_ARGUMENT, "Model m not found"."""
-    text = str(error).lower()
-    return (
-        isinstance(error, ModelNotFound)
-        or (isinstance(error, PodUnavailable) and "unknown model" in text)
-        or (isinstance(error, InvalidRequest) and "not found" in text)
-    )
+            await self.calls.manage("unloadModel", request, pb.UnloadModelResponse, _UNLOAD_S)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from loaders import canonical
-from placement.records import PodRecord
 
 LABEL: Final = "runtime"
 """Of a pod: the name of its server; `runtime.<format>=yes` for each format that it has."""
@@ -63,9 +62,9 @@ class RuntimeSettings:
         return model_type == f"rt:{self.name}" or format_name in self.formats
 
 
-def required(model_type: str, format_name: str, pods: Iterable[PodRecord]) -> str:
-    """The label by which pods tell that their server has such models; empty: none has."""
-    told = {label for pod in pods if LABEL in pod.labels for label in pod.labels.split(",")}
+def required(model_type: str, format_name: str, labels: Iterable[str]) -> str:
+    """That of the labels which tells that a server has such models; empty: none has."""
+    told = {label for text in labels if LABEL in text for label in text.split(",")}
     by_name = f"{LABEL}={model_type.removeprefix('rt:')}" if model_type.startswith("rt:") else ""
     return next((label for label in (by_name, f"{LABEL}.{format_name}=yes") if label in told), "")
 

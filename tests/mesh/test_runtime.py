@@ -255,6 +255,11 @@ async def test_only_the_pod_with_the_server_loads_its_models(runtime: FakeRuntim
         runtime.tell(forget="m")
         np.testing.assert_array_equal(await infer(mesh, "m", "b"), 2 * X)
         await mesh.stop("a")
+        await until(lambda: "a" not in mesh.pods["b"].engine.view.pods)
+        again = mm.RegisterModelRequest(
+            modelId="m", modelInfo=mm.ModelInfo(type="mt:tensorflow:1", path="/m", key='{"parameters": {"scale": 2}}')
+        )
+        await mesh.clients["b"].call("registerModel", again)  # it is registered alike, and waits for such a pod
         status = await mesh.status("m", "b")
         assert "no pod has the labels runtime.tensorflow=yes" in status.errors[0]
 
