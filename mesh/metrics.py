@@ -19,6 +19,7 @@ from mesh.histogram import Histogram
 from mesh.in_line import InLine
 from mesh.preparing import Preparing
 from mesh.rpc import Call, Handlers, Unary
+from mesh.runtime.runtime import Runtime
 from mesh.sizes import Sizes
 from mesh.tls import Tls
 from placement.engine import Engine
@@ -41,12 +42,14 @@ class Metrics(Collector):
         tls: Tls | None = None,
         preparing: Preparing | None = None,
         sizes: Sizes | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         self._engine = engine
         self._in_line = in_line
         self._batch_sizes = batch_sizes
         self._tls = tls
         self._preparing = preparing
+        self._runtime = runtime
         self._sizes = sizes
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -126,6 +129,12 @@ class Metrics(Collector):
             for form, cell in list(self._sizes.errors.items()):
                 errors.add_metric((form,), cell.buckets(), cell.sum)
             yield errors
+        if self._runtime is not None:
+            up = GaugeMetricFamily(
+                "densemesh_model_server_up", "Whether the model server beside the pod is there.", labels=("name",)
+            )
+            up.add_metric((self._runtime.settings.name,), self._runtime.is_up)
+            yield up
         if self._tls is not None and self._tls.until is not None:
             yield GaugeMetricFamily(
                 "densemesh_tls_certificate_expiry_timestamp_seconds",

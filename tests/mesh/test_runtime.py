@@ -19,6 +19,7 @@ from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.mesh.fake_runtime import FakeRuntime
 from tests.mesh.pods import Loads, Mesh, request_for, running, until
+from tests.mesh.test_metrics import scrape
 
 Status = mm.ModelStatusInfo
 X = np.array([[1, 2, 3]], np.float32)
@@ -225,6 +226,7 @@ async def test_a_server_that_dies_takes_its_models_and_brings_the_pod_none_down(
         for model_id in ("m", "n"):
             await register(mesh, model_id, scale=2)
         assert (await mesh.register("own", load=True)).status == Status.LOADED
+        assert (await scrape(mesh, "a"))["densemesh_model_server_up", "fake"] == 1
         runtime.kill()
         answered, said = await mesh.clients["a"].refusal("ModelInfer", request_for("m"))
         assert answered == "UNAVAILABLE"
@@ -233,6 +235,7 @@ async def test_a_server_that_dies_takes_its_models_and_brings_the_pod_none_down(
         assert await mesh.infer("own") == "a"
         status = await register(mesh, "o")
         assert "does not answer" in status.errors[0]
+        assert (await scrape(mesh, "a"))["densemesh_model_server_up", "fake"] == 0
         await asyncio.to_thread(runtime.start)
         await until(lambda: runtime.count("runtimeStatus") >= 2)
         await mesh.unregister("m")  # with its failure
