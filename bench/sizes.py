@@ -33,12 +33,12 @@ def main() -> int:
     kind, paths = ZOO[sys.argv[1]], [Path(path) for path in sys.argv[2:]]
     keep_message_buffers()  # as a pod does
     _loaded(kind, paths[0]).unload()
-    for path in paths:
-        _measure(kind, path)
+    for size, path in enumerate(paths):
+        tell({"size": size, "file": path.name, **_measured(kind, path)})
     return 0
 
 
-def _measure(kind: Kind, path: Path) -> None:
+def _measured(kind: Kind, path: Path) -> dict[str, float]:
     expected_bytes = loader_for(kind.format).estimate_bytes(Artifact(path))
     started_s = time.perf_counter()
     models = [_loaded(kind, path)]
@@ -51,7 +51,7 @@ def _measure(kind: Kind, path: Path) -> None:
     while models:
         models.pop().unload()
     true_bytes = (loaded_bytes - _settled_bytes()) / copies
-    tell({"file": path.name, "expected": expected_bytes, "told": told_bytes, "true": true_bytes, "copies": copies})
+    return {"expected": expected_bytes, "told": told_bytes, "true": true_bytes, "copies": copies}
 
 
 def _loaded(kind: Kind, path: Path) -> LoadedModel:

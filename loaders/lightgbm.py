@@ -66,7 +66,7 @@ class LightgbmLoader:
                 reason = f"{path.name} does not load with {here}: {_reason(error)}"
                 raise LoaderError(reason, retryable=isinstance(error, MemoryError)) from error
             del content
-            model.size_bytes = change.measured(estimate)
+            model.size_bytes = change.measured(estimate, "lightgbm")
             return model
 
 

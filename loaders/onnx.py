@@ -72,7 +72,7 @@ class OnnxLoader:
             if asked not in session.get_providers():  # ONNX Runtime only logs that a provider would not start
                 raise LoaderError(f"{artifact.path.name}: {asked} does not start on this machine")
             # Weights on a device are not malloc's, and what its driver takes is not the model's.
-            size_bytes = change.measured(estimate) if asked == "CPUExecutionProvider" else estimate
+            size_bytes = change.measured(estimate, "onnx") if asked == "CPUExecutionProvider" else estimate
         signature = agreed(signature_of(session), artifact)
         return OnnxModel(session, signature, size_bytes)
 

@@ -75,7 +75,7 @@ class XgboostLoader:
                 here = f"XGBoost {xgboost.__version__}"
                 reason = f"{path.name} does not load with {here}: {_reason(error)}"
                 raise LoaderError(reason, retryable=isinstance(error, MemoryError)) from error
-            model.size_bytes = change.measured(estimate)
+            model.size_bytes = change.measured(estimate, "xgboost")
             return model
 
 

@@ -87,6 +87,8 @@ class Change:
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _running: ClassVar[int] = 0
     _begun: ClassVar[int] = 0
+    _frameworks: ClassVar[set[str]] = set()
+    """Those that have been measured."""
 
     def __enter__(self) -> Self:
         with Change._lock:
@@ -106,8 +108,9 @@ class Change:
             Change._running -= 1
         give_back()
 
-    def measured(self, estimate: int) -> int:
-        """Bytes taken since the change began, asked within it; `estimate` if that figure is not this load's alone.
+    def measured(self, estimate: int, framework: str = "") -> int:
+        """Bytes taken since the change began, asked within it; `estimate` if that figure is not this load's alone. The
+        first load of a framework takes what the framework itself needs: only for a large model is that little.
 
         Requests in flight move malloc's sum too (a 200 kB model loaded beside two busy ones came out at up to 660 kB):
         below `_NOISE_BYTES` only the thread's own arena tells (`_OWN_NOISE_BYTES`). Below half and above four times the
@@ -115,7 +118,9 @@ class Change:
         """
         own = self._own_bytes()
         taken = malloc_bytes() - self._before if own is None else own
-        least = _NOISE_BYTES if own is None else _OWN_NOISE_BYTES
+        is_first = framework not in Change._frameworks
+        Change._frameworks.add(framework)
+        least = _NOISE_BYTES if own is None or is_first else _OWN_NOISE_BYTES
         alone = self._alone and self._number == Change._begun
         plausible = estimate >= least and estimate // 2 <= taken <= estimate * 4
         return taken if alone and plausible else estimate

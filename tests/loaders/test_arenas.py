@@ -36,6 +36,7 @@ def test_a_load_is_measured_beside_other_threads() -> None:
 
     def load() -> int:
         with Change() as change:
+            change.measured(0)  # so that the next one is not the first
             begin.set()
             assert taken.wait(10)
             mine = [libc.malloc(10_000) for _ in range(30)]
