@@ -59,6 +59,11 @@ LOADERS: Final[dict[str, Format]] = {
         begins=rb'\{(?:\s*"|L\0{7}\x07)(?:learner|version"\s*:\s*\[)',
     ),
     "lightgbm": Format("loaders.lightgbm:LightgbmLoader", (".txt", ".bst"), begins=rb"tree\r?\n"),
+    "huggingface": Format(
+        "loaders.huggingface:HuggingfaceLoader",
+        markers=("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+        runs_code={"pytorch_model.bin": "bin"},
+    ),
     "synthetic": Format("loaders.synthetic:SyntheticLoader", (".synthetic.json",)),
 }
 
