@@ -16,6 +16,7 @@ FRAMEWORKS = {
     "sklearn": "sklearn",
     "xgboost": "xgboost",
     "lightgbm": "lightgbm",
+    "huggingface": "torch",
 }
 
 
