@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, MetricsHandler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loaders.fleet.architectures import architectures
+from loaders.fleet.promotion import promotions
 from mesh.errors import Code, MeshError
 from mesh.histogram import Histogram
 from mesh.in_line import InLine
@@ -26,6 +28,8 @@ from placement.engine import Engine
 from placement.lifecycle import CopyState
 
 _BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+_MOST_ARCHITECTURES: Final = 20
 
 _POLL_S: Final = 0.1
 """How often the server looks whether it should end (start_http_server: every half second)."""
@@ -135,6 +139,7 @@ class Metrics(Collector):
             )
             up.add_metric((self._runtime.settings.name,), self._runtime.is_up)
             yield up
+        yield from _shared_architectures()
         if self._tls is not None and self._tls.until is not None:
             yield GaugeMetricFamily(
                 "densemesh_tls_certificate_expiry_timestamp_seconds",
@@ -182,6 +187,33 @@ def _by_state(name: str, explanation: str, values: Iterable[tuple[CopyState, int
         if state is not CopyState.GONE:
             gauge.add_metric((state.value,), value)
     return gauge
+
+
+def _shared_architectures() -> Iterator[Metric]:
+    """Of this process, which has one pod outside of tests."""
+    in_use = architectures.in_use()
+    yield GaugeMetricFamily(
+        "densemesh_onnx_architectures", "ONNX graphs that models with other weights share.", value=len(in_use)
+    )
+    models = GaugeMetricFamily(
+        "densemesh_onnx_architecture_models",
+        f"Models of an architecture; of the {_MOST_ARCHITECTURES} that have most.",
+        labels=("architecture",),
+    )
+    for each in sorted(in_use, key=lambda architecture: -architecture.models)[:_MOST_ARCHITECTURES]:
+        models.add_metric((each.digest[:12],), each.models)
+    yield models
+    yield GaugeMetricFamily(
+        "densemesh_onnx_promoted_models",
+        "Models of architectures that have a session of their own, with prepacked weights.",
+        value=sum(each.promoted for each in in_use),
+    )
+    sessions = GaugeMetricFamily(
+        "densemesh_onnx_session_bytes", "What sessions take beside weights, as estimated.", labels=("of",)
+    )
+    sessions.add_metric(("architectures",), sum(each.facts.session_bytes for each in in_use))
+    sessions.add_metric(("promoted",), promotions.session_bytes)
+    yield sessions
 
 
 def _prepared(preparing: Preparing) -> Iterator[Metric]:

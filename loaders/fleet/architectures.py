@@ -6,17 +6,16 @@ import hashlib
 import json
 import platform
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from loaders.artifacts import reading
-from loaders.base import LoaderError, Signature
-from loaders.fleet.feeding import open_session
+from loaders.base import Signature
 from loaders.onnx_file import NODE_BYTES, SESSION_BYTES
-from loaders.onnx_session import reason_of, signature_of
+from loaders.prepare import Damaged
 
 SKELETON_FILE: Final = "skeleton.onnx"
 WEIGHTS_FILE: Final = "model.weights"
@@ -53,42 +52,28 @@ class Facts:
 def read_facts(folder: Path) -> Facts:
     """
     Raises:
-        LoaderError: they are not there, not what `split` writes, or those of another kind of machine.
+        LoaderError: they cannot be read.
+        Damaged: they are not what `split` writes, or of another kind of machine.
     """
     with reading(folder / FACTS_FILE):
         text = (folder / FACTS_FILE).read_bytes()
     try:
         facts = Facts(**json.loads(text))
     except (TypeError, ValueError) as error:
-        raise LoaderError(f"{FACTS_FILE} is damaged: {error}", retryable=True) from error
+        raise Damaged(f"{FACTS_FILE} is damaged: {error}", retryable=True) from error
     if facts.machine != machine():
-        raise LoaderError("it was prepared on another kind of CPU", retryable=True)
+        raise Damaged("it was prepared on another kind of CPU", retryable=True)
     return facts
 
 
 class Architecture:
     """A skeleton's session, and what it takes and gives."""
 
-    def __init__(self, digest: str, folder: Path, facts: Facts, weights: Mapping[str, object]) -> None:
-        """`weights`: names of the inputs that are not the client's.
-
-        Raises:
-            LoaderError: the skeleton is not the one of that digest, or does not load.
-        """
-        path = folder / SKELETON_FILE
-        with reading(path):
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != digest:
-            raise LoaderError(f"{SKELETON_FILE} is damaged: its checksum differs from the one written", retryable=True)
-        try:
-            self.session: Any = open_session(path)
-        except Exception as error:
-            raise LoaderError(f"{SKELETON_FILE}: {reason_of(error)}") from error
-        whole = signature_of(self.session)
-        self.signature = Signature(
-            tuple(spec for spec in whole.inputs if spec.name not in weights), whole.outputs, whole.platform
-        )
+    def __init__(self, digest: str, session: Any, signature: Signature, facts: Facts) -> None:
         self.digest = digest
+        self.session = session
+        self.signature = signature
+        """Without the weights."""
         self.facts = facts
         self.models = 0
         """That use it."""
@@ -106,18 +91,17 @@ class Architectures:
     def __contains__(self, digest: str) -> bool:
         return digest in self._in_use
 
-    def take(self, digest: str, folder: Path, weights: Mapping[str, object]) -> tuple[Architecture, bool]:
+    def take(self, digest: str, build: Callable[[], Architecture]) -> tuple[Architecture, bool]:
         """The architecture for one more model, and whether it is its first. Each `take` is made up for by one `drop`.
 
         Raises:
-            LoaderError: see `Architecture`.
+            LoaderError: from `build`.
         """
         with self._lock:  # building one takes 0.2 to 35 ms; whoever waits most likely wants the same
             architecture = self._in_use.get(digest)
             is_first = architecture is None
             if architecture is None:
-                architecture = Architecture(digest, folder, read_facts(folder), weights)
-                self._in_use[digest] = architecture
+                architecture = self._in_use[digest] = build()
             architecture.models += 1
             return architecture, is_first
 

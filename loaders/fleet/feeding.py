@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from loaders.artifacts import reading
 from loaders.base import Tensor
-from loaders.onnx_session import ort, session_options
+from loaders.fleet.architectures import SKELETON_FILE, Architecture, read_facts
+from loaders.onnx_session import ort, reason_of, session_options, signature_of
+from loaders.prepare import Damaged
 
 _NOTHING: Final = np.empty(0, np.float32)
 
@@ -19,6 +24,27 @@ def open_session(path: Path) -> Any:
     options = session_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+
+def open_architecture(digest: str, folder: Path, weights: Mapping[str, object]) -> Architecture:
+    """The skeleton in a folder; `weights`: names of the inputs that are not the client's.
+
+    Raises:
+        LoaderError: it cannot be read.
+        Damaged: it is not the one of that digest, or does not load.
+    """
+    facts, path = read_facts(folder), folder / SKELETON_FILE
+    with reading(path):
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != digest:
+        raise Damaged(f"{path.name}: its checksum differs from the one written", retryable=True)
+    try:
+        session = open_session(path)
+    except Exception as error:
+        raise Damaged(f"{path.name}: {reason_of(error)}", retryable=True) from error
+    whole = signature_of(session)
+    inputs = tuple(spec for spec in whole.inputs if spec.name not in weights)
+    return Architecture(digest, session, replace(whole, inputs=inputs), facts)
 
 
 class Fed:

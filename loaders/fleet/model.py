@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from loaders.artifacts import agreed
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor
 from loaders.fleet.architectures import PREPACKED_FILE, WEIGHTS_FILE, Architecture, Facts, architectures, read_facts
-from loaders.fleet.feeding import Fed, open_session
+from loaders.fleet.feeding import Fed, open_architecture, open_session
 from loaders.fleet.promotion import WORTHWHILE, Worth, build_s, promotions
 from loaders.memory.process import Change
-from loaders.memory.weights import WeightsFile
+from loaders.memory.weights import CorruptWeights, WeightsFile
 from loaders.onnx_session import InvalidArgument, reason_of
+from loaders.prepare import Damaged
 
 _Run = Callable[[Sequence[str], Mapping[str, Tensor]], list[Tensor]]
 
@@ -24,35 +26,37 @@ _TENSOR_BYTES: Final = 700
 """What a model and each of its weights take beside the bytes in the file: arrays, a binding, the file's index."""
 
 
-def estimate_bytes(folder: Path) -> int:
-    """Bytes that the model in a folder of `split`'s will hold.
+class SharedLoader:
+    """Loads what `split` wrote; an artifact's path is the folder, which must stay until the model is unloaded."""
 
-    Raises:
-        LoaderError: it cannot be read.
-    """
-    with WeightsFile(folder / WEIGHTS_FILE) as file:
-        facts = None if file.architecture in architectures else read_facts(folder)
-        return _bytes(file, facts)
+    def estimate_bytes(self, artifact: Artifact) -> int:
+        with _opened(artifact.path) as file:
+            facts = None if file.architecture in architectures else read_facts(artifact.path)
+            return _bytes(file, facts)
+
+    def load(self, artifact: Artifact) -> SharedModel:
+        folder = artifact.path
+        with _opened(folder) as file:
+            file.verify()
+            file.populate()
+            weights, digest = file.views(), file.architecture
+            architecture, is_first = architectures.take(digest, lambda: open_architecture(digest, folder, weights))
+            try:
+                signature = agreed(architecture.signature, artifact)
+                size_bytes = _bytes(file, architecture.facts if is_first else None)
+                return SharedModel(architecture, signature, size_bytes, folder, weights)
+            except BaseException:
+                architectures.drop(architecture)
+                raise
 
 
-def load(folder: Path, artifact: Artifact) -> SharedModel:
-    """Map a model's weights and join the others of its architecture. The folder must stay until it is unloaded.
-
-    Raises:
-        LoaderError: the folder is damaged, or the artifact declares another signature.
-    """
-    with WeightsFile(folder / WEIGHTS_FILE) as file:
-        file.verify()
-        file.populate()
-        weights = file.views()
-        architecture, is_first = architectures.take(file.architecture, folder, weights)
-        try:
-            signature = agreed(architecture.signature, artifact)
-            size_bytes = _bytes(file, architecture.facts if is_first else None)
-            return SharedModel(architecture, signature, size_bytes, folder, weights)
-        except BaseException:
-            architectures.drop(architecture)
-            raise
+@contextmanager
+def _opened(folder: Path) -> Iterator[WeightsFile]:
+    try:
+        with WeightsFile(folder / WEIGHTS_FILE) as file:
+            yield file
+    except CorruptWeights as error:
+        raise Damaged(str(error), retryable=True) from error
 
 
 class SharedModel:

@@ -45,9 +45,11 @@ class Preparer:
     """Models with more bytes are served as they are."""
 
 
-PREPARERS: Final[dict[str, Preparer]] = {}
+PREPARERS: Final[dict[str, Preparer]] = {
+    "onnx": Preparer("loaders.fleet.split:split", "shared", ("onnxruntime", "onnx"), max_bytes=1 << 30),
+}
 
-FORMS: Final[dict[str, str]] = {}
+FORMS: Final[dict[str, str]] = {"shared": "loaders.fleet.model:SharedLoader"}
 """`module:class` of a `Loader` whose artifact's path is the folder that a preparer filled."""
 
 

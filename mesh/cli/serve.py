@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import resource
 import signal
 import sys
 import tomllib
@@ -88,6 +89,7 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
         print(f"{name} = {_toml(shown)}  # {_SOURCES[source]}", file=sys.stderr)
     try:
         keep_message_buffers()
+        _allow_files()
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_run(Pod(config)))
     except BadSetting as error:
@@ -95,6 +97,12 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
     except CannotStart as error:
         raise click.ClickException(str(error)) from None
     return 0
+
+
+def _allow_files() -> None:
+    """As many as may be open: a mapped model holds two or three, a client's connection one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _run(pod: Pod) -> None:

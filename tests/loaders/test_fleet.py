@@ -23,13 +23,15 @@ from sklearn.linear_model import LogisticRegression
 from bench import networks
 from loaders.base import Artifact, InferError, LoaderError, Tensor, TensorSpec
 from loaders.fleet import architectures as fleet_architectures
-from loaders.fleet import model as fleet_model
 from loaders.fleet.architectures import FACTS_FILE, SKELETON_FILE, WEIGHTS_FILE, architectures
+from loaders.fleet.model import SharedLoader, SharedModel
 from loaders.fleet.promotion import Promotions, Worth, build_s, promotions
-from loaders.fleet.split import NotSplittable, split
+from loaders.fleet.split import split
 from loaders.memory import process
-from loaders.memory.weights import CorruptWeights, WeightsFile
+from loaders.memory.weights import WeightsFile
+from loaders.prepare import Damaged, NotPreparable
 
+LOADER = SharedLoader()
 RNG = np.random.default_rng(3)
 Save = Callable[..., Path]
 
@@ -98,14 +100,14 @@ def make(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         path, folder = tmp_path / f"{seed}.onnx", tmp_path / f"{seed}"
         folder.mkdir()
         write(path, seed)
-        split(path, folder)
+        split(Artifact(path), folder)
         return path, folder
 
     return make
 
 
-def load(folder: Path, **declared: Any) -> fleet_model.SharedModel:
-    return fleet_model.load(folder, Artifact(folder, **declared))
+def load(folder: Path, **declared: Any) -> SharedModel:
+    return LOADER.load(Artifact(folder, **declared))
 
 
 def own_answer(path: Path, x: Tensor) -> Tensor:
@@ -213,14 +215,23 @@ def test_what_is_not_clearly_splittable_is_refused(
 ) -> None:
     write(tmp_path / "model.onnx", 1)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(NotSplittable, match=says):
-        split(tmp_path / "model.onnx", tmp_path / "folder")
+    with pytest.raises(NotPreparable, match=says):
+        split(Artifact(tmp_path / "model.onnx"), tmp_path / "folder")
+
+
+def test_models_that_ask_for_a_device_are_served_as_they_are(tmp_path: Path) -> None:
+    networks.mlp(tmp_path / "model.onnx", 1, (32, 64, 10))
+    for parameters in ({"device": "cuda"}, {"providers": ["CPUExecutionProvider"]}):
+        with pytest.raises(NotPreparable, match="device"):
+            split(Artifact(tmp_path / "model.onnx", parameters), tmp_path)
+    (tmp_path / "folder").mkdir()
+    split(Artifact(tmp_path / "model.onnx", {"device": "cpu", "storage_key": "x"}), tmp_path / "folder")
 
 
 def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"junk")
     with pytest.raises(LoaderError, match=r"model\.onnx"):
-        split(tmp_path / "model.onnx", tmp_path)
+        split(Artifact(tmp_path / "model.onnx"), tmp_path)
 
 
 def test_what_authors_write_makes_no_architecture(make: Callable[..., tuple[Path, Path]]) -> None:
@@ -308,20 +319,20 @@ def test_models_take_their_weights_and_no_threads_and_give_them_back(tmp_path: P
         folders.append(tmp_path / f"{seed}")
         folders[-1].mkdir()
         networks.mlp(tmp_path / "m.onnx", seed, (256, 1024, 512, 64))
-        split(tmp_path / "m.onnx", folders[-1])
+        split(Artifact(tmp_path / "m.onnx"), folders[-1])
     x = {"input": np.ones((1, 256), np.float32)}
     load(folders[0]).unload()
     gc.collect()
     process.give_back._trim()
     threads, before = len(os.listdir("/proc/self/task")), process.resident_bytes()
-    estimates = [fleet_model.estimate_bytes(folder) for folder in folders]
+    estimates = [LOADER.estimate_bytes(Artifact(folder)) for folder in folders]
     models = [load(folder) for folder in folders]
     for model in models:
         model.infer(x, ["output"])
     taken = process.resident_bytes() - before
     assert len(os.listdir("/proc/self/task")) <= threads + 1  # a timer's, for the next trim
     assert sum(model.size_bytes for model in models) == pytest.approx(taken, rel=0.1)
-    assert estimates[0] == models[0].size_bytes > models[1].size_bytes == fleet_model.estimate_bytes(folders[1])
+    assert estimates[0] == models[0].size_bytes > models[1].size_bytes == LOADER.estimate_bytes(Artifact(folders[1]))
     unique = sum(os.path.getsize(folder / WEIGHTS_FILE) for folder in folders)
     assert taken < 1.1 * unique
     assert models[0].promote()
@@ -338,19 +349,19 @@ def test_damaged_files_are_told(make: Callable[..., tuple[Path, Path]], monkeypa
     _, folder = make(NETWORKS["mlp"][0])
     with monkeypatch.context() as patch:
         patch.setattr(fleet_architectures, "machine", lambda: "another")
-        with pytest.raises(LoaderError, match="another kind of CPU"):
+        with pytest.raises(Damaged, match="another kind of CPU"):
             load(folder)
     kept = {name: (folder / name).read_bytes() for name in (FACTS_FILE, SKELETON_FILE, WEIGHTS_FILE)}
     for name, content in kept.items():
         (folder / name).write_bytes(content[:-9] + b"x" * 9)
-        with pytest.raises(LoaderError, match=r"damaged|checksum") as refusal:
+        with pytest.raises(Damaged, match=r"damaged|checksum") as refusal:
             load(folder)
         assert refusal.value.retryable
         (folder / name).write_bytes(content)
     turned = bytearray(kept[WEIGHTS_FILE])
     turned[5000] ^= 1
     (folder / WEIGHTS_FILE).write_bytes(turned)
-    with pytest.raises(CorruptWeights, match="checksum of tensor"):
+    with pytest.raises(Damaged, match="checksum of tensor"):
         load(folder)
     assert not architectures.in_use()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -228,3 +229,17 @@ def test_nothing_to_do_is_help() -> None:
 def test_an_unknown_command() -> None:
     done = densemesh("sevre")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_as_many_files_may_be_open_as_the_system_allows(started: list[subprocess.Popen[str]]) -> None:
+    """Mapped models hold two or three each: a thousand of them are more than the usual soft limit."""
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(few, 256), most))
+    try:
+        process = start(started, "serve", "--grpc-port", "0", "--metrics-port", "0", "--host", "127.0.0.1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+    read_until(process, process.stderr, "serves gRPC")
+    line = next(line for line in Path(f"/proc/{process.pid}/limits").read_text().splitlines() if "open files" in line)
+    soft, hard = line.split()[3:5]
+    assert soft == hard
