@@ -19,6 +19,9 @@ STORES: Final[dict[str, str]] = {
     "az": "loaders.storage.store:open_az",
     "http": "loaders.storage.store:open_http",
     "https": "loaders.storage.store:open_http",
+    "hdfs": "loaders.storage.hdfs:open_hdfs",
+    "webhdfs": "loaders.storage.hdfs:open_hdfs",
+    "hf": "loaders.storage.hub:open_hub",
 }
 """By scheme: `module:function` that takes (bucket or URL, `credentials` entry) and gives a `Store`."""
 
@@ -35,6 +38,8 @@ class Entry:
     size_bytes: int
     etag: str
     """As the store writes it, in quotes; of a store without ETags the time of the last change."""
+    sha256: str = ""
+    """Hex digest of the content, if the store tells it."""
 
     @property
     def md5(self) -> str:

@@ -20,9 +20,10 @@ _TEXTS: Final = (
     *("bucket", "default_bucket", "certificate", "ca_bundle"),
     *("private_key", "private_key_id", "client_email"),
     *("account_name", "container", "account_key", "sas_key", "tenant_id", "client_id", "client_secret"),
-    *("name", "url"),
+    *("name", "url", "token"),
+    *("namenode", "rootpath", "user", "user_proxy", "tls_cert", "tls_key", "tls_ca", "kerberos_principal"),
 )
-_FLAGS: Final = ("anonymous", "verify_ssl", "etag_md5")
+_FLAGS: Final = ("anonymous", "verify_ssl", "etag_md5", "tls_skip_verify")
 
 
 def settings_for(config: Path | None, key: str, scheme: str) -> Mapping[str, Any]:

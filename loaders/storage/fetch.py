@@ -106,7 +106,7 @@ class _File:
     def __init__(self, store: Store, entry: Entry, path: Path, sha256: str) -> None:
         self.entry = entry
         self._path = path
-        self._expected = {"sha256": sha256, "md5": entry.md5 if store.etag_is_md5 else ""}
+        self._expected = {"sha256": sha256 or entry.sha256, "md5": entry.md5 if store.etag_is_md5 else ""}
         self._writing = threading.Lock()
         self._hashing = threading.Lock()
         self.restart()
@@ -157,7 +157,8 @@ class _File:
                 where = self.entry.key or self.entry.name
                 if name == "md5":
                     raise LoaderError(f"{where}: {_ETAG_DIFFERS}", retryable=True)
-                raise LoaderError(f"{where}: its sha256 is {hash_.hexdigest()}, storage_params say {expected}")
+                says = "the store says" if expected == self.entry.sha256 else "storage_params say"
+                raise LoaderError(f"{where}: its sha256 is {hash_.hexdigest()}, {says} {expected}")
 
     def _hash(self) -> None:
         """As far as there is no gap. What was just written is read from memory, not from disk."""

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from loaders.base import LoaderError
+from loaders.storage import hdfs, hub
 from loaders.storage.archive import is_archive, top, unpack
 from loaders.storage.base import Entry, Store, open_store
 from loaders.storage.cache import Cache, Lease, Room
@@ -25,8 +26,16 @@ _BLOB: Final = re.compile(r"([a-z0-9]{3,24})\.blob\.core\.windows\.net")
 _HEX: Final = re.compile("[0-9a-fA-F]{64}")
 SHA256: Final = "sha256"
 """Of `storage_params`: what the files must have."""
-_TYPES: Final = {"s3": "s3", "gcs": "gs", "gs": "gs", "azure": "az", "az": "az", "http": "http", "pvc": "pvc"}
+_TYPES: Final = {
+    **{"s3": "s3", "gcs": "gs", "gs": "gs", "azure": "az", "az": "az", "http": "http", "pvc": "pvc"},
+    **{"hdfs": "hdfs", "webhdfs": "hdfs", "hf": "hf"},
+}
 """The `type` of a storage key to the scheme."""
+_PLACES: Final[dict[str, Callable[[str, str, Mapping[str, Any]], tuple[str, str]]]] = {
+    "hdfs": hdfs.place_and_key,
+    "hf": hub.place_and_key,
+}
+"""What has no buckets: place and key of the scheme and what follows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +175,7 @@ class Storage:
         match = _URI.fullmatch(uri)
         scheme = match[1] if match else ""
         blob = _BLOB.fullmatch(match[2]) if match and scheme == "https" else None
-        kind = "az" if blob else "http" if scheme == "https" else scheme
+        kind = "az" if blob else {"https": "http", "webhdfs": "hdfs"}.get(scheme, scheme)
         settings = dict(settings_for(self._config, storage_key, kind))
         if match is not None and kind in _TYPES.values() and _TYPES.get(settings.get("type", ""), kind) != kind:
             if storage_key:
@@ -175,6 +184,8 @@ class Storage:
         settings |= _params(params)
         if match is None:  # ModelMesh: a path within the bucket of the storage key
             return _within(storage_key, uri.strip("/"), settings)
+        if kind in _PLACES:
+            return Source(kind, *_PLACES[kind](scheme, uri.partition("://")[2], settings), settings)
         if kind == "http":
             settings.pop("headers", None)  # they are for the key's own url
             return Source(scheme, uri, "", settings)
@@ -204,6 +215,8 @@ def _within(storage_key: str, key: str, settings: Mapping[str, Any]) -> Source:
         if not url.startswith(("http://", "https://")):
             raise LoaderError(f"{where}: expected a url that starts with http:// or https://")
         return Source("http", f"{url}/{key}", "", settings)
+    if scheme in _PLACES:
+        return Source(scheme, *_PLACES[scheme](scheme, key, settings), settings)
     named = {"az": ("container", "bucket"), "pvc": ("name", "bucket")}.get(scheme, ("bucket", "default_bucket"))
     place = next((settings[name] for name in named if settings.get(name)), "")
     if not place:

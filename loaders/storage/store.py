@@ -140,7 +140,7 @@ def _missing_told(name: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     """obstore adds its own structures to what was said, and they have whole URLs."""
-    return _shown(next(iter(str(error).strip().splitlines()), "no reason was given"))[:300]
+    return shown(next(iter(str(error).strip().splitlines()), "no reason was given"))[:300]
 
 
 def _told(name: str, error: Exception) -> LoaderError:
@@ -167,7 +167,7 @@ def _version(meta: ObjectMeta) -> str:
     return meta["e_tag"] or meta["last_modified"].isoformat()
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A text without the passwords and queries of the URLs in it."""
     return _URL.sub(r"\1\2", text)
 
@@ -189,7 +189,7 @@ def open_s3(bucket: str, settings: Mapping[str, Any]) -> Objects:
         store = S3Store(
             bucket, config=cast("S3Config", config), client_options=_client(settings, endpoint), retry_config=_retry()
         )
-    identity = f"s3://{_shown(endpoint).partition('://')[2]}/{bucket}" if endpoint else f"s3://{bucket}"
+    identity = f"s3://{shown(endpoint).partition('://')[2]}/{bucket}" if endpoint else f"s3://{bucket}"
     return Objects(identity, store, etag_is_md5=settings.get("etag_md5", True))
 
 
@@ -241,10 +241,10 @@ def open_az(container: str, settings: Mapping[str, Any]) -> Objects:
 def open_http(url: str, settings: Mapping[str, Any]) -> WebFile:
     """A query, which may be a signature, is sent and not told."""
     HTTPStore = _package().HTTPStore
-    shown = _shown(url)
-    with _opening(shown):
+    name = shown(url)
+    with _opening(name):
         store = HTTPStore(url, client_options=_client(settings, url), retry_config=_retry())
-    return WebFile(shown, store, etag_is_md5=False)
+    return WebFile(name, store, etag_is_md5=False)
 
 
 def _package() -> Any:
