@@ -45,7 +45,6 @@ from mesh.vmodels import VModels
 from placement.engine import Engine
 from placement.limits import Limits
 from placement.policies import POLICIES
-from placement.records import PodId
 from placement.view import ClusterView
 from protos import management_pb2 as pb
 
@@ -98,6 +97,7 @@ class Pod:
         self._stopping = asyncio.Event()
         self.serving = asyncio.Event()
         """Set while requests are taken."""
+        self.pod_id = config.pod_id
         self.engine: Engine
         self.address = ""
         self.metrics_port = 0
@@ -134,7 +134,7 @@ class Pod:
                 await self._live(registry, server, client, tasks)
                 raise _Stopped  # cancels whatever is still under way in the background
         except* _Stopped:
-            log.info("pod %s has stopped", self.address)
+            log.info("pod %s has stopped", self.pod_id)
         except* CannotStart as errors:
             refused = next(error for error in errors.exceptions if isinstance(error, CannotStart))
         finally:
@@ -153,12 +153,12 @@ class Pod:
         if self.config.uds:
             _bind_unix(self.config.uds, server)
         self.address = self.config.advertise or _join(reachable_host(host, self.config.registry), port)
-        pod_id = self.config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
+        self.pod_id = self.config.pod_id or f"{socket.gethostname().split('.')[0]}-{port}"
         if (settings := self.config.runtime_settings) is not None:
             self._runtime = Runtime(settings, open_client(self.config.frontend))
             if not await self._unless_stopped(_started(self._runtime)):
                 return
-        parts = self._assemble(registry, client, tasks, pod_id)
+        parts = self._assemble(registry, client, tasks)
         self.metrics_port, close_metrics = _bind(
             "metrics", host, self.config.metrics_port, lambda port: metrics.serve(parts.observed, host, port)
         )
@@ -187,7 +187,7 @@ class Pod:
             async with asyncio.timeout_at(until_s):
                 await parts.mirror.until(lambda: self.engine.is_replaced(now_ms()))
 
-    def _assemble(self, registry: Registry, client: Client, tasks: asyncio.TaskGroup, pod_id: PodId) -> _Parts:
+    def _assemble(self, registry: Registry, client: Client, tasks: asyncio.TaskGroup) -> _Parts:
         """Put the parts together; nothing runs yet."""
         config = self.config
         runtime = self._runtime
@@ -199,7 +199,7 @@ class Pod:
         )
         if runtime is not None:
             limits = runtime.limits(limits)
-        engine = Engine(pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(pod_id))
+        engine = Engine(self.pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(self.pod_id))
         self.engine = engine
         publisher = Publisher(registry, config.lease_ttl_s)
         storage = Storage(

@@ -107,8 +107,8 @@ class RemoteLoader:
         try:
             return asyncio.run_coroutine_threadsafe(work, self._runtime.loop).result()
         except MeshError as error:
-            said = f"model server {self._runtime.settings.name}: {error}"
-            raise LoaderError(said, retryable=isinstance(error, _MAY_PASS)) from None
+            who = "" if isinstance(error, ServerUnavailable) else f"model server {self._runtime.settings.name}: "
+            raise LoaderError(f"{who}{error}", retryable=isinstance(error, _MAY_PASS)) from None
 
 
 class RemoteModel:

@@ -221,8 +221,9 @@ async def test_what_the_server_answers_is_the_clients_to_hear(runtime: FakeRunti
         assert mesh.holders("m") == ["a"]
 
 
-async def test_a_server_that_dies_takes_its_models_and_brings_the_pod_none_down(runtime: FakeRuntime) -> None:
-    async with running("a", Loads(), **settings(runtime)) as mesh:
+@pytest.mark.parametrize("frontend", ["h2", "grpcio"])
+async def test_a_server_that_dies_takes_its_models_and_not_the_pod(runtime: FakeRuntime, frontend: str) -> None:
+    async with running("a", Loads(), frontend=frontend, **settings(runtime)) as mesh:
         for model_id in ("m", "n"):
             await register(mesh, model_id, scale=2)
         assert (await mesh.register("own", load=True)).status == Status.LOADED
