@@ -110,7 +110,8 @@ class Runtime:
             if await self.calls.is_alive():
                 if self._unreleased and self.loop.time() >= tried_s + _AGAIN_S:
                     tried_s = self.loop.time()
-                    await self._release()
+                    for model_id in list(self._unreleased):
+                        await self._release(model_id)
                 continue
             self.is_up = False
             loaded, self._loaded = self._loaded, set()
@@ -164,10 +165,8 @@ class Runtime:
         model_id = request.modelId
         if self._stopped or not self.is_up:
             raise ServerUnavailable(f"{self} does not answer")
-        async with self._releasing:
-            if model_id in self._unreleased:
-                await self._unload(model_id)
-                self._unreleased.discard(model_id)
+        await self._release(model_id)
+        self._unreleased.discard(model_id)  # if it has it still, it will not load it twice
         generation = self.generation
         timeout_s = self.status.modelLoadingTimeoutMs / 1e3 or _LOAD_S
         load = asyncio.current_task()
@@ -229,13 +228,13 @@ class Runtime:
         log.error("%s did not unload model %s, whose memory it may still hold: %s", self, model_id, why)
         self._unreleased.add(model_id)
 
-    async def _release(self) -> None:
-        for model_id in list(self._unreleased):
-            with contextlib.suppress(MeshError):
-                async with self._releasing:
-                    if model_id in self._unreleased:
-                        await self._unload(model_id)
-                        self._unreleased.discard(model_id)
+    async def _release(self, model_id: ModelId) -> None:
+        """Try once more to have it unloaded."""
+        async with self._releasing:  # of a model that is being loaded anew, nothing is under way any more
+            if model_id in self._unreleased:
+                with contextlib.suppress(MeshError):
+                    await self._unload(model_id)
+                    self._unreleased.discard(model_id)
 
     async def _unload(self, model_id: ModelId) -> None:
         with contextlib.suppress(ModelNotFound):
