@@ -35,7 +35,7 @@ class Code(IntEnum):
 class MeshError(Exception):
     """A request's failure, as the client will see it."""
 
-    code: ClassVar[Code] = Code.UNKNOWN
+    code: Code = Code.UNKNOWN
     try_elsewhere: ClassVar[bool] = False
     """Another pod may succeed where this one did not."""
     reason: ClassVar[str] = ""
@@ -204,6 +204,8 @@ def answer_of(status: int, reason: str, details: str, *, address: str, retry_aft
     if kind is PodUnavailable:
         return PodUnavailable(f"{address}: {details}")
     raised = kind(details or code.name)
+    if kind is MeshError:
+        raised.code = code  # which is nothing of ours
     if retry_after_ms is not None:
         raised.retry_after_ms = retry_after_ms
     return raised

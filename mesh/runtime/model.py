@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -63,7 +64,7 @@ class RemoteLoader:
         size_bytes = response.sizeInBytes or self.estimate_bytes(artifact)
         limited = response.maxConcurrency if runtime.status.limitModelConcurrency else 0
         try:
-            signature = agreed(self._block(self._signature()), artifact)
+            signature = self._signature(artifact)
         except LoaderError:
             self._block(runtime.unload(model_id, generation))
             raise
@@ -78,25 +79,28 @@ class RemoteLoader:
         path = self._model.path
         if not self._runtime.settings.pulls:
             path = str(artifact.path)
-            for name in ("storage_key", "storage_params", "bucket"):
+            for name in ("storage_key", "storage_params", "bucket", "schema_path"):
                 key.pop(name, None)
             key["disk_size_bytes"] = _stored_bytes(artifact.path)
         told = {"modelId": self._model.model_id, "modelType": self._model.format, "modelPath": path}
         return {**told, "modelKey": json.dumps(key)}
 
-    async def _signature(self) -> Signature:
-        """What the server says that the model takes and gives; one that does not say takes and gives anything."""
-        request = v2.ModelMetadataRequest(name=self._model.model_id)
-        try:
-            told = await self._runtime.calls.ask("ModelMetadata", request, v2.ModelMetadataResponse)
-        except Unimplemented:
-            told = v2.ModelMetadataResponse()
+    def _signature(self, artifact: Artifact) -> Signature:
+        """What the server says that the model takes and gives, else what is declared, else anything."""
+        told = self._block(self._metadata())
         inputs, outputs = (
             tuple(TensorSpec(each.name, each.datatype, tuple(each.shape)) for each in tensors)
             for tensors in (told.inputs, told.outputs)
         )
-        platform = told.platform or self._format_name
-        return Signature(inputs, outputs, platform, lenient=not (inputs and outputs))
+        own = Signature(inputs or artifact.inputs, outputs or artifact.outputs, told.platform or self._format_name)
+        return agreed(own, artifact) if own.inputs and own.outputs else replace(own, lenient=True)
+
+    async def _metadata(self) -> v2.ModelMetadataResponse:
+        request = v2.ModelMetadataRequest(name=self._model.model_id)
+        try:
+            return await self._runtime.calls.ask("ModelMetadata", request, v2.ModelMetadataResponse)
+        except Unimplemented:
+            return v2.ModelMetadataResponse()
 
     def _block(self, work: Coroutine[Any, Any, T]) -> T:
         """On the loop, as this thread waits.

@@ -208,15 +208,20 @@ async def test_a_model_that_the_server_forgot_is_loaded_again_within_the_request
 
 
 @pytest.mark.parametrize(
-    "code", ["INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNIMPLEMENTED"]
+    "code",
+    ["INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNIMPLEMENTED", "ABORTED"],
 )
 async def test_what_the_server_answers_is_the_clients_to_hear(runtime: FakeRuntime, code: str) -> None:
     """Its own code and words; a model that it has is not loaded again for them."""
     async with running("a", Loads(), **settings(runtime)) as mesh:
+        await mesh.start("b")
+        await mesh.together()
         await register(mesh, "m", fail_infer=code)
-        answered, said = await mesh.clients["a"].refusal("ModelInfer", request_for("m"))
-        assert answered == code
-        assert "the server's own words: not found" in said
+        await mesh.seen_by_all("m", "a")
+        for pod_id in "ab":
+            answered, said = await mesh.clients[pod_id].refusal("ModelInfer", request_for("m"))
+            assert answered == code
+            assert "the server's own words: not found" in said
         assert runtime.count("loadModel m") == 1
         assert mesh.holders("m") == ["a"]
 
@@ -321,12 +326,13 @@ async def test_what_is_not_unloaded_is_tried_again_before_it_is_loaded(
 async def test_the_signature_is_the_servers_or_what_is_declared(tmp_path: Path) -> None:
     with FakeRuntime(tmp_path, metadata=False) as runtime:
         async with running("a", Loads(), **settings(runtime)) as mesh:
-            key = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}], "warmup": 2}
+            specs = [{"name": name, "datatype": "FP32", "shape": [-1, 3]} for name in "xyz"]
+            key = {"inputs": specs[:2], "outputs": specs[2:], "warmup": 2}
             info = mm.ModelInfo(type="pmml", path="/m", key=json.dumps(key))
             request = mm.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True)
             assert (await mesh.clients["a"].call("registerModel", request)).status == Status.LOADED
             told = await mesh.clients["a"].call("ModelMetadata", v2.ModelMetadataRequest(name="m"))
-            assert [each.name for each in told.inputs] == ["x"]
+            assert [each.name for each in (*told.inputs, *told.outputs)] == ["x", "y", "z"]
 
 
 async def test_a_declaration_that_contradicts_the_server_fails_the_load(runtime: FakeRuntime) -> None:
