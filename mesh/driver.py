@@ -17,6 +17,7 @@ from loaders.base import LoaderError
 from mesh import __version__
 from mesh.batcher import Batcher
 from mesh.errors import ModelNotFound
+from mesh.fetches import Fetches
 from mesh.in_line import InLine
 from mesh.models import Models, is_fetched
 from mesh.preparing import Preparing
@@ -96,6 +97,7 @@ class Driver:
         slots = engine.limits.load_slots
         self._loading = ThreadPoolExecutor(slots, "load")
         self._fetching = ThreadPoolExecutor(slots, "fetch")
+        self._fetches = Fetches(slots, engine.next_fetch)
         self._housekeeping = ThreadPoolExecutor(2, "housekeeping")
         self.preparing = Preparing(models)
         loop = asyncio.get_running_loop()
@@ -264,8 +266,10 @@ class Driver:
             self._tasks.create_task(once())
 
     async def _estimate(self, model: ModelRecord) -> None:
-        pool = self._fetching if is_fetched(model) else self._housekeeping
-        await self._attempt(model, pool, self._models.estimate_bytes, SizeEstimated)
+        if not is_fetched(model):
+            return await self._attempt(model, self._housekeeping, self._models.estimate_bytes, SizeEstimated)
+        async with self._fetches.turn(model.model_id):
+            await self._attempt(model, self._fetching, self._models.estimate_bytes, SizeEstimated)
 
     async def _load(self, model: ModelRecord) -> None:
         started = time.monotonic()

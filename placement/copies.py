@@ -5,7 +5,7 @@ The engine owns one `LocalCopies`; nothing else moves a copy. Every method appen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -16,6 +16,7 @@ from placement.costs import LoadCosts
 from placement.holdings import Holdings
 from placement.lifecycle import CopyState, IllegalMove, Move
 from placement.limits import Limits
+from placement.link import next_turn
 from placement.messages import Action, CopyWanted, Demoted, EstimateSize, HeldDropped, Wake
 from placement.moves import Moves
 from placement.policies.base import EvictionPolicy
@@ -52,6 +53,8 @@ class LocalCopies:
         self._admission = Admission(limits, self.cache, self._moves, self.tenants, stats)
         self._view = view
         self._stats = stats
+        self._fetches = 0
+        """Turns given so far."""
 
     def __repr__(self) -> str:
         lower = "".join(f" {tier}: {holdings!r}" for tier, holdings in self.lower.items())
@@ -97,6 +100,13 @@ class LocalCopies:
         """Something was found in a tier when the pod started; `registration` as in `CopyRecord`. False: it is of no
         use, and the shell deletes it without a word."""
         return self._tiers.adopt(model_id, registration, tier, size_bytes, now_ms, actions)
+
+    def next_fetch(self, model_ids: Iterable[ModelId]) -> ModelId:
+        """Which of the models that wait to be fetched, so that their sizes can be told, is next."""
+        copy = next_turn((self.cache.copies[model_id] for model_id in model_ids), self._fetches)
+        assert copy is not None, "nothing waits"
+        self._fetches += 1
+        return copy.model.model_id
 
     def estimated(self, copy: Copy, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
         if copy.state is not CopyState.QUEUED or copy.estimated:

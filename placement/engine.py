@@ -6,7 +6,7 @@ outcome as events, in production (`mesh.driver`) as in simulation. All methods a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from random import Random
 from typing import Final
 
@@ -168,6 +168,11 @@ class Engine:
         actions: list[Action] = []
         self.copies.unpin(copy, now_ms, actions)
         return actions
+
+    def next_fetch(self, model_ids: Collection[ModelId]) -> ModelId:
+        """Which of the models whose sizes were asked for (`EstimateSize`), and whose files have to be fetched to tell
+        them, is next. Copies wait for that slot and then for one to load in the same order."""
+        return self.copies.next_fetch(model_ids)
 
     def copies_of(self, model_id: ModelId) -> dict[PodId, CopyRecord]:
         """Every pod's copy of a model: this pod's as it is, the others' as the registry tells."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from placement.records import Priority
 
@@ -47,6 +47,9 @@ class Waiting(Protocol):
         ...
 
 
+W = TypeVar("W", bound=Waiting)
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Bytes under way to a device, chunk by chunk."""
@@ -76,10 +79,15 @@ def is_oldest_turn(turn: int) -> bool:
     return turn % OLDEST_EVERY == OLDEST_EVERY - 1
 
 
-def next_transfer(transfers: Iterable[Transfer], turn: int) -> str | None:
-    """The model whose next chunk goes over the device's link. Prefetches only while there is nothing else: they hold
+def next_turn(waiting: Iterable[W], turn: int) -> W | None:
+    """Whose turn it is on a link that all of them may use. Prefetches only while there is nothing else: they hold
     nobody up, so they have no claim to the turns of the oldest either."""
-    transfers = list(transfers)
-    among = [transfer for transfer in transfers if not transfer.is_prefetch] or transfers
-    chosen = min(among, key=age_key if is_oldest_turn(turn) else turn_key, default=None)
+    waiting = list(waiting)
+    among = [each for each in waiting if not each.is_prefetch] or waiting
+    return min(among, key=age_key if is_oldest_turn(turn) else turn_key, default=None)
+
+
+def next_transfer(transfers: Iterable[Transfer], turn: int) -> str | None:
+    """The model whose next chunk goes over the device's link."""
+    chosen = next_turn(transfers, turn)
     return None if chosen is None else chosen.model_id

@@ -13,7 +13,7 @@ from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.loaders.object_server import ObjectServer, serving
 from tests.mesh.models import mlp, write_repository
-from tests.mesh.pods import Loads, Mesh, request_for, running
+from tests.mesh.pods import Loads, Mesh, request_for, running, until
 
 Status = mm.ModelStatusInfo
 
@@ -81,3 +81,26 @@ async def test_files_stay_while_the_model_is_loaded_and_the_cache_is_kept(tmp_pa
         assert (await register(mesh, "third", "synthetic", "other")).status == Status.LOADED
         assert (await mesh.clients["a"].call("ModelInfer", request_for("third"))).model_name == "third"
     assert server.gets("other/model.synthetic.json") == 1
+
+
+async def test_fetches_start_by_class_and_prefetches_last(tmp_path: Path, server: ObjectServer) -> None:
+    """The order of `placement.link`, which loads have too."""
+    models = {"first": "normal", "ahead": "high", "low": "low", "normal": "normal", "high": "high"}
+    for name in models:
+        server.objects[f"{name}/model.synthetic.json"] = b'{"size_bytes": 5000}'
+    async with running("a", Loads(), load_slots=1, **settings(tmp_path, server)) as mesh:
+        copies = mesh.pods["a"].engine.cache.copies
+        server.faults["stall"] = 1
+        for name, priority in models.items():
+            key = {"storage_key": "minio", "storage_params": {"bucket": "b"}, "placement": {"priority": priority}}
+            info = mm.ModelInfo(type="synthetic", path=name, key=json.dumps(key))
+            await mesh.clients["a"].call("registerModel", mm.RegisterModelRequest(modelId=name, modelInfo=info))
+            ahead = (("densemesh-prefetch", "1"),) if name == "ahead" else ()
+            request = mm.EnsureLoadedRequest(modelId=name)
+            await mesh.clients["a"].call("ensureLoaded", request, metadata=ahead)
+            await until(lambda: name in copies)  # noqa: B023
+        await until(lambda: server.gets("first/model.synthetic.json") == 1)
+        server.released.set()
+        await until(lambda: all(mesh.holders(name) for name in models))
+    asked = [path.split("/")[2] for _, path, _ in server.seen if path.endswith(".json")]
+    assert list(dict.fromkeys(asked)) == ["first", "high", "normal", "low", "ahead"]
