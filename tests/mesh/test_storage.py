@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,18 +90,17 @@ async def test_fetches_start_by_class_and_prefetches_last(tmp_path: Path, server
     for name in models:
         server.objects[f"{name}/model.synthetic.json"] = b'{"size_bytes": 5000}'
     async with running("a", Loads(), load_slots=1, **settings(tmp_path, server)) as mesh:
-        copies = mesh.pods["a"].engine.cache.copies
+        copies, waiting = mesh.pods["a"].engine.cache.copies, list[asyncio.Task[str]]()
         server.faults["stall"] = 1
         for name, priority in models.items():
             key = {"storage_key": "minio", "storage_params": {"bucket": "b"}, "placement": {"priority": priority}}
             info = mm.ModelInfo(type="synthetic", path=name, key=json.dumps(key))
             await mesh.clients["a"].call("registerModel", mm.RegisterModelRequest(modelId=name, modelInfo=info))
             ahead = (("densemesh-prefetch", "1"),) if name == "ahead" else ()
-            request = mm.EnsureLoadedRequest(modelId=name)
-            await mesh.clients["a"].call("ensureLoaded", request, metadata=ahead)
-            await until(lambda: name in copies)  # noqa: B023
+            waiting.append(asyncio.create_task(mesh.infer(name, metadata=ahead)))
+            await until(lambda: len(copies) == len(waiting))
         await until(lambda: server.gets("first/model.synthetic.json") == 1)
         server.released.set()
-        await until(lambda: all(mesh.holders(name) for name in models))
+        await asyncio.gather(*waiting)
     asked = [path.split("/")[2] for _, path, _ in server.seen if path.endswith(".json")]
     assert list(dict.fromkeys(asked)) == ["first", "high", "normal", "low", "ahead"]
