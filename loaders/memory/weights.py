@@ -33,6 +33,7 @@ from loaders.base import LoaderError, Tensor
 from loaders.memory.arrays import Run, raw_bytes, views, weight_datatype
 from loaders.memory.layout import MAX_TENSORS, Layout, Place, Placing
 from loaders.memory.weights_index import MAX_ARCHITECTURE_CHARS, MAX_INDEX_BYTES, Contents, parsed, told
+from loaders.memory.weights_index import CorruptWeights as CorruptWeights
 
 EXTENSION: Final = ".weights"
 DATA_START: Final = 4096
@@ -45,13 +46,6 @@ _HEAD: Final = struct.Struct("<8sQQQ32s")
 _Identity = tuple[int, int, int, int]
 _verified: Final[LRUCache[_Identity, bool]] = LRUCache(1 << 16)
 _verified_lock: Final = threading.Lock()
-
-
-class CorruptWeights(LoaderError):
-    """The file is not what was written; retryable, because it is to be dropped and made again."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retryable=True)
 
 
 def write_weights(

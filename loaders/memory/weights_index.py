@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
+from loaders.base import LoaderError
 from loaders.memory.layout import MAX_TENSORS, Layout, laid_out
 
 MAX_INDEX_BYTES: Final = 32 << 20
 MAX_ARCHITECTURE_CHARS: Final = 256
 
 _KEYS: Final = {"name": str, "datatype": str, "shape": list, "offset": int, "length": int}
+
+
+class CorruptWeights(LoaderError):
+    """The file is not what was written; retryable, because it is to be dropped and made again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=True)
 
 
 @dataclass(frozen=True)

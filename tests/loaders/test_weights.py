@@ -19,7 +19,8 @@ from loaders.base import LoaderError, Tensor
 from loaders.memory import weights
 from loaders.memory.arrays import WEIGHT_DTYPES
 from loaders.memory.layout import ITEM_BYTES, LARGE_BYTES, Layout, laid_out
-from loaders.memory.weights import CorruptWeights, WeightsFile, write_weights
+from loaders.memory.weights import WeightsFile, write_weights
+from loaders.memory.weights_index import CorruptWeights
 
 HEAD = struct.Struct("<8sQQQ32s")
 

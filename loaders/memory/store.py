@@ -1,0 +1,315 @@
+"""Weights in two tiers: a slab of host memory, and the arena of a device that is filled from it.
+
+    fill      file -> host          load      file -> device, through two buffers of the slab
+    promote   host -> device        demote    device -> host        drop      out of one of them
+
+A method blocks the thread that calls it until the bytes are there; several may run at once, from any threads. One lock
+guards the books and is held for microseconds, never while bytes move. What a transfer reads or writes is not given away
+before it has ended; a model in use (`using`) is not dropped. A copy that fails leaves the books as they were. A device
+that is lost is fenced: whatever needs it is refused, its models can still be dropped, and the host tier lives on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import Final, Protocol
+
+from loaders.base import LoaderError
+from loaders.memory.dedup import Catalogue, Known, ModelKey, Part
+from loaders.memory.device import CopyFailed, Copying, Device, DeviceLost, Move, placed
+from loaders.memory.slots import Slot, Slots
+from loaders.memory.tier import Resident, Rows, Tier, Usage, moves_between, moves_of, rows_of
+from loaders.memory.weights_index import Contents, CorruptWeights
+
+BUFFER_BYTES: Final = 16 << 20
+"""Of each of the two buffers of the slab through which files go to the device."""
+
+
+class Source(Protocol):
+    """Where a model's bytes come from: a `weights.WeightsFile`, or what a bench makes up."""
+
+    @property
+    def contents(self) -> Contents: ...
+
+    def verify(self) -> None:
+        """
+        Raises:
+            CorruptWeights: the bytes are not those that were written.
+        """
+        ...
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """
+        Raises:
+            LoaderError: they cannot be read.
+        """
+        ...
+
+
+class Store:
+    """The tiers of one device."""
+
+    def __init__(self, device: Device, buffer_bytes: int = BUFFER_BYTES) -> None:
+        """The host tier has what two buffers leave of the device's slab.
+
+        Raises:
+            ValueError: the slab is smaller than they are.
+        """
+        host_bytes = device.slab_bytes - 2 * buffer_bytes
+        if host_bytes < 0:
+            raise ValueError(f"slab_bytes: expected at least {2 * buffer_bytes}, not {device.slab_bytes}")
+        self.host = Tier("host", host_bytes)
+        self.device = Tier("device", device.arena_bytes)
+        self.lost = ""
+        """Why the device is not used any more; empty: it is."""
+        self.slots = Slots(device.views)
+        self._port = device
+        self._lock = threading.Lock()
+        self._catalogue = Catalogue(self._cut)
+        self._buffer_bytes = buffer_bytes
+        self._buffers = (host_bytes, host_bytes + buffer_bytes)
+        self._buffers_lock = threading.Lock()
+
+    def fill(self, key: ModelKey, source: Source) -> None:
+        """Read a model into the host tier.
+
+        Raises:
+            NoRoom, TooLarge, CorruptWeights, LoaderError: as `load`.
+        """
+        source.verify()
+        with self._arriving(key, source.contents, self.host) as (resident, rows):
+            for move in moves_of(resident.spans, rows):
+                source.read_into(self._port.slab[move.target : move.target + move.size_bytes], move.source)
+
+    def load(self, key: ModelKey, source: Source) -> None:
+        """Read a model into the device, without room in the host tier.
+
+        Raises:
+            NoRoom: make room and try again. TooLarge: it will never fit.
+            CorruptWeights: the file is to be dropped and made again.
+            CopyFailed: try again. DeviceLost: the device is fenced.
+            LoaderError: the file cannot be read.
+        """
+        source.verify()
+        with self._arriving(key, source.contents, self.device) as (resident, rows):
+            resident.slot = self.slots.at(source.contents.layout, resident.spans)
+            with self._buffers_lock:
+                self._through_buffers(source, moves_of(resident.spans, rows))
+
+    def promote(self, key: ModelKey) -> None:
+        """Copy a model from the host to the device; the host keeps it until it is dropped there.
+
+        Raises:
+            NoRoom, TooLarge, CopyFailed, DeviceLost: as `load`.
+        """
+        self._copy(key, self.host, self.device, self._port.up)
+
+    def demote(self, key: ModelKey) -> None:
+        """Copy a model from the device to the host; the device keeps it until it is dropped there.
+
+        Raises:
+            NoRoom, TooLarge, CopyFailed, DeviceLost: as `load`.
+        """
+        self._copy(key, self.device, self.host, self._port.down)
+
+    def drop(self, key: ModelKey, tier: Tier) -> None:
+        """Give up a model in a tier; what it shares with others stays.
+
+        Raises:
+            ValueError: it is not there, or in use.
+        """
+        with self._lock:
+            resident = self._here(key, tier)
+            if resident.pins:
+                raise ValueError(f"{key!r} is in use in the {tier.name}'s memory {resident.pins} times")
+            self._leave(key, tier)
+
+    @contextmanager
+    def using(self, key: ModelKey) -> Iterator[Slot]:
+        """The slot of a model on the device, where it stays until the end of the block; what the device was told to
+        compute with it must have ended by then. A `DeviceLost` raised in the block fences the device.
+
+        Raises:
+            ValueError: it is not there.
+            DeviceLost: the device is fenced.
+        """
+        with self._lock:
+            self._check()
+            resident = self._here(key, self.device)
+            resident.pins += 1
+        try:
+            assert resident.slot is not None
+            yield resident.slot
+        except DeviceLost as error:
+            self.lost = self.lost or str(error)
+            raise
+        finally:
+            with self._lock:
+                resident.pins -= 1
+
+    def check(self, key: ModelKey, tier: Tier) -> None:
+        """Read a model's bytes where they lie and compare them with their digests.
+
+        Raises:
+            ValueError: it is not there.
+            CorruptWeights: naming the tensor.
+            CopyFailed, DeviceLost: they cannot be read.
+        """
+        with self._lock:
+            resident = self._here(key, tier)
+            resident.pins += 1
+        try:
+            contents = resident.known.contents
+            for (place, offset), digest in zip(placed(contents.layout, resident.spans), contents.digests, strict=True):
+                found = hashlib.sha256()
+                for piece in self._read_back(tier, offset, place.size_bytes):
+                    found.update(piece)
+                if found.hexdigest() != digest:
+                    raise CorruptWeights(f"tensor {place.name!r} of {key!r} in the {tier.name}'s memory has changed")
+        finally:
+            with self._lock:
+                resident.pins -= 1
+
+    def holds(self, key: ModelKey, tier: Tier) -> bool:
+        """Whether all its bytes are there."""
+        with self._lock:
+            resident = tier.models.get(key)
+            return resident is not None and resident.here
+
+    def usage(self, tier: Tier) -> Usage:
+        with self._lock:
+            return tier.usage()
+
+    def marginal_bytes(self, key: ModelKey, tier: Tier) -> int:
+        """What dropping a model would free; see `Tier`."""
+        with self._lock:
+            return tier.marginal_bytes(key)
+
+    def charged_bytes(self, key: ModelKey, tier: Tier) -> int:
+        """A model's share of what is taken; see `Tier`."""
+        with self._lock:
+            return tier.charged_bytes(key)
+
+    def _copy(self, key: ModelKey, source: Tier, target: Tier, start: Callable[[Sequence[Move]], Copying]) -> None:
+        with self._lock:
+            self._check()
+            held = self._here(key, source)
+            held.pins += 1
+        try:
+            with self._arriving(key, held.known.contents, target) as (resident, rows):
+                moves = moves_between(held.spans, resident.spans, rows)
+                copying = start(moves) if moves else None
+                if target is self.device:
+                    resident.slot = self.slots.at(held.known.layout, resident.spans)
+                if copying is not None:
+                    copying.wait()
+        finally:
+            with self._lock:
+                held.pins -= 1
+
+    def _through_buffers(self, source: Source, moves: Sequence[Move]) -> None:
+        """One buffer is filled while the other is copied."""
+        started: list[Copying | None] = [None, None]
+        turn = 0
+        try:
+            for move in moves:
+                for done in range(0, move.size_bytes, self._buffer_bytes):
+                    size_bytes = min(self._buffer_bytes, move.size_bytes - done)
+                    at, before = self._buffers[turn], started[turn]
+                    if before is not None:
+                        before.wait()
+                    source.read_into(self._port.slab[at : at + size_bytes], move.source + done)
+                    started[turn] = self._port.up([Move(at, move.target + done, size_bytes)])
+                    turn = 1 - turn
+        except BaseException:
+            for copying in filter(None, started):
+                with suppress(LoaderError):  # what is raised says why; but nobody may write to freed bytes
+                    copying.wait()
+            raise
+        for copying in filter(None, started):
+            copying.wait()
+
+    def _read_back(self, tier: Tier, offset: int, size_bytes: int) -> Iterator[memoryview]:
+        if tier is self.host:
+            yield self._port.slab[offset : offset + size_bytes]
+            return
+        with self._buffers_lock:
+            at = self._buffers[0]
+            for done in range(0, size_bytes, self._buffer_bytes):
+                piece_bytes = min(self._buffer_bytes, size_bytes - done)
+                self._port.down([Move(offset + done, at, piece_bytes)]).wait()
+                yield self._port.slab[at : at + piece_bytes]
+
+    @contextmanager
+    def _arriving(self, key: ModelKey, contents: Contents, target: Tier) -> Iterator[tuple[Resident, Rows]]:
+        """A model on its way into a tier: its place, and the rows of its run that the block must bring there."""
+        filling: Future[None] = Future()
+        with self._lock:
+            if target is self.device:
+                self._check()
+            if key in target.models:
+                raise ValueError(f"{key!r} is in the {target.name}'s memory already")
+            known = self._catalogue.add(key, contents)
+            try:
+                resident, missing = target.place(known, filling)
+            except LoaderError:
+                self._forget(known)
+                raise
+            parts = tuple(known.parts)
+            others = {target.parts[part].filling for part in parts} - {filling, None}
+            for part in parts:
+                part.transfers += 1
+        try:
+            yield resident, rows_of(parts, missing)
+            with self._lock:
+                for part in missing:
+                    target.parts[part].filling = None
+            filling.set_result(None)
+            _wait_for(others)
+            resident.here = True
+        except BaseException as error:
+            with self._lock:
+                if isinstance(error, DeviceLost):
+                    self.lost = self.lost or str(error)
+                self._leave(key, target)
+            if not filling.done():
+                filling.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                for part in parts:
+                    part.transfers -= 1
+
+    def _here(self, key: ModelKey, tier: Tier) -> Resident:
+        resident = tier.models.get(key)
+        if resident is None or not resident.here:
+            raise ValueError(f"{key!r} is not in the {tier.name}'s memory")
+        return resident
+
+    def _leave(self, key: ModelKey, tier: Tier) -> None:
+        self._forget(tier.release(key))
+
+    def _forget(self, known: Known) -> None:
+        if not known.tiers:
+            self._catalogue.remove(known.key)
+
+    def _cut(self, part: Part, pieces: Sequence[Part]) -> None:
+        for tier in (self.host, self.device):
+            tier.cut(part, pieces)
+
+    def _check(self) -> None:
+        if self.lost:
+            raise DeviceLost(self.lost)
+
+
+def _wait_for(others: Sequence[Future[None]] | set[Future[None] | None]) -> None:
+    """For what other transfers bring of a model."""
+    for other in filter(None, others):
+        try:
+            other.result()
+        except BaseException as error:
+            raise CopyFailed(f"bytes that it shares with another model did not arrive: {error}") from error
