@@ -4,7 +4,8 @@
                               written once they are synced
     DIR/<digest>.partial/     what is being fetched; `.gone`: removed
     DIR/<digest>.lock         flock: exclusive while it is fetched or removed, shared while it is in use.
-                              Its text is the bytes that the entry takes or will take, its time the last use.
+                              Its text is the bytes that the entry takes or will take, its time the last use's
+                              beginning or end.
     DIR/lock                  flock: exclusive while room is counted and made
 
 Locks go with their process, so a crash leaves bytes and no lock: what nobody holds is checked and cleared at start. An
@@ -49,6 +50,8 @@ class Lease:
 
     def close(self) -> None:
         if self._lock >= 0:
+            with suppress(OSError):
+                _used_now(self._lock)
             os.close(self._lock)
             self._lock = -1
 
@@ -291,6 +294,11 @@ class Room:
             LoaderError: what is in use leaves too little room.
         """
         self._cache._make_room(self._lock, size_bytes)
+
+
+def _used_now(lock: int) -> None:
+    if time.time() > os.fstat(lock).st_mtime + _JUST_NOW_S:  # a write that would wait for what is being synced
+        os.utime(lock)
 
 
 def _size_in(lock: Path) -> int:

@@ -51,6 +51,18 @@ def test_the_least_recently_used_goes_and_never_what_is_in_use(tmp_path: Path) -
     assert cache.used_bytes() == 80
 
 
+def test_a_use_counts_until_its_end(tmp_path: Path) -> None:
+    """Decision 11."""
+    cache = cache_in(tmp_path)
+    first = get(cache, 1)
+    get(cache, 2).close()
+    for number in (1, 2):
+        os.utime(tmp_path / f"{digest(number)}.lock", (number, number))
+    first.close()
+    get(cache, 3).close()
+    assert kept(tmp_path) == [1, 3]
+
+
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
     with pytest.raises(LoaderError, match="take 101 bytes, the model cache may have 100") as caught:
