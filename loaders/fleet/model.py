@@ -21,9 +21,9 @@ from loaders.prepare import Damaged
 
 _Run = Callable[[Sequence[str], Mapping[str, Tensor]], list[Tensor]]
 
-_MODEL_BYTES: Final = 4_000
-_TENSOR_BYTES: Final = 700
-"""What a model and each of its weights take beside the bytes in the file: arrays, a binding, the file's index."""
+_MODEL_BYTES: Final = 6_500
+_TENSOR_BYTES: Final = 850
+"""What a model and each of its weights take beside their bytes: the file's first page, arrays, a binding."""
 
 
 class SharedLoader:
@@ -42,7 +42,8 @@ class SharedLoader:
             weights, digest = file.views(), file.architecture
             architecture, is_first = architectures.take(digest, lambda: open_architecture(digest, folder, weights))
             try:
-                signature = agreed(architecture.signature, artifact)
+                declares = artifact.inputs or artifact.outputs
+                signature = agreed(architecture.signature, artifact) if declares else architecture.signature
                 size_bytes = _bytes(file, architecture.facts if is_first else None)
                 return SharedModel(architecture, signature, size_bytes, folder, weights)
             except BaseException:
