@@ -184,8 +184,9 @@ def agreed(own: Signature, artifact: Artifact) -> Signature:
         LoaderError: they contradict each other; the message has both.
     """
     if own.lenient:
-        if len(artifact.inputs) > 1:
-            raise LoaderError(f"the model takes one input, but {_told(artifact.inputs)} are declared")
+        if len(artifact.inputs) > 1 and {spec.name for spec in artifact.inputs} != {spec.name for spec in own.inputs}:
+            takes = _told(own.inputs) if len(own.inputs) > 1 else "one input"
+            raise LoaderError(f"the model takes {takes}, but {_told(artifact.inputs)} are declared")
         names = {spec.name for spec in artifact.outputs or own.outputs}
         outputs = tuple(spec for spec in own.outputs if spec.name in names)
         if len(outputs) != len(names):

@@ -65,6 +65,7 @@ class Signature:
     lenient: bool = False
     """The model takes its single input under any name, in any numeric datatype or BYTES and in any shape, and checks it
     itself (scikit-learn: KServe's clients say `input-0`, MLServer's `predict`; TorchScript: the file does not say).
+    With several `inputs` it takes either such a single one that has them all for columns, or each under its name.
     `inputs` and the datatypes and shapes of `outputs` are then only a hint: an answer is encoded by its own dtype.
     No `inputs` at all: it does not tell what it takes, and is handed whatever comes, under its own names."""
     default_outputs: tuple[str, ...] = ()

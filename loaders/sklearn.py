@@ -4,8 +4,9 @@ A `.skops` file holds data, not code: skops constructs only types on its own lis
 by name. (Wrong numbers inside a `Tree` or `KDTree` can still crash the compiled code that reads them.) skops before
 0.13 can be made to run code (CVE-2025-54412, -54413, -54886) and is refused. A pickle is code.
 
-Requests: one 2-D input of any numeric datatype (taken as FP64) or BYTES (UTF-8 strings), under any name. Answers:
-`predict`, and `predict_proba` for those who ask for it, as MLServer and KServe have it.
+Requests: one 2-D input of any numeric datatype (taken as FP64) or BYTES (UTF-8 strings), under any name; an estimator
+that was fitted on a data frame also takes one input for each column, under its name (MLServer's pandas codec, KServe's
+named inputs). Answers: `predict`, and `predict_proba` for those who ask for it, as MLServer and KServe have it.
 
 One thread per request: joblib runs sequentially whatever `n_jobs` the estimator was trained with, BLAS (process-wide)
 and OpenMP (per calling thread) are limited to one. A model saved by another version of scikit-learn loads with its
@@ -26,7 +27,7 @@ import numpy as np
 
 from loaders.artifacts import agreed, parameters, reading
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
-from loaders.datatypes import bytes_of, text_of
+from loaders.datatypes import bytes_of
 from loaders.memory.process import Change
 from loaders.taking_turns import framework_load
 
@@ -36,6 +37,8 @@ try:
     import skops.io
     import threadpoolctl  # type: ignore[import-untyped]
     from sklearn.base import is_regressor
+
+    from loaders.sklearn_rows import Rows
 except ImportError as missing:
     raise LoaderError(f"{missing.name} is not installed: pip install 'densemesh[sklearn]'") from missing
 
@@ -111,8 +114,9 @@ class SklearnLoader:
                 here = f"scikit-learn {sklearn.__version__}"
                 reason = f"{path.name} does not load with {here}: {type(error).__name__}: {error}"
                 raise LoaderError(reason, retryable=isinstance(error, MemoryError)) from error
-            signature = agreed(_signature(estimator), artifact)
-            return SklearnModel(estimator, signature, _size(estimator, estimate))
+            rows = Rows(estimator)
+            signature = agreed(_signature(estimator, rows), artifact)
+            return SklearnModel(estimator, rows, signature, _size(estimator, estimate))
 
 
 class SklearnModel:
@@ -120,11 +124,11 @@ class SklearnModel:
 
     waits: Final = 0
 
-    def __init__(self, estimator: Any, signature: Signature, size_bytes: int) -> None:
+    def __init__(self, estimator: Any, rows: Rows, signature: Signature, size_bytes: int) -> None:
         self.signature = signature
         self.size_bytes = size_bytes
-        self._estimator = estimator
-        self._is_text = signature.inputs[0].shape == (-1,)
+        self.rows = rows
+        self.estimator = estimator
         self._datatypes = {spec.name: spec.datatype for spec in signature.outputs}
 
     def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
@@ -133,14 +137,12 @@ class SklearnModel:
         Raises:
             InferError: scikit-learn's reason; `bad_input` for its ValueErrors (wrong width, NaN, not a number).
         """
-        if len(inputs) != 1:
-            raise InferError(f"scikit-learn models take one input, got {len(inputs)}", bad_input=True)
-        (tensor,) = inputs.values()
         try:
-            rows = text_of(tensor) if tensor.dtype == object else tensor.astype(np.float64, copy=False)
-            rows = rows.reshape(-1) if self._is_text else rows
+            rows = self.rows.of(inputs)
             with _one_thread():
                 return {name: self._answer(name, rows) for name in outputs}
+        except InferError:
+            raise
         except ValueError as error:
             raise InferError(str(error), bad_input=True) from error
         except Exception as error:
@@ -148,10 +150,10 @@ class SklearnModel:
 
     def unload(self) -> None:
         with Change():
-            del self._estimator
+            del self.estimator
 
-    def _answer(self, name: str, rows: Tensor) -> Tensor:
-        answer = np.asarray(getattr(self._estimator, name)(rows))
+    def _answer(self, name: str, rows: Any) -> Tensor:
+        answer = np.asarray(getattr(self.estimator, name)(rows))
         match self._datatypes[name]:
             case "BYTES":
                 return bytes_of(answer)
@@ -163,18 +165,17 @@ class SklearnModel:
                 return np.ascontiguousarray(answer, dtype=np.float64)
 
 
-def _signature(estimator: Any) -> Signature:
-    """`input-0` as wide as the training data; estimators of raw text have no width and take strings [-1]."""
+def _signature(estimator: Any, rows: Rows) -> Signature:
+    """`input-0` as wide as the training data, or the columns of a data frame; estimators of raw text have no width and
+    take strings [-1]."""
     if not hasattr(estimator, "predict"):
         raise LoaderError(f"a {type(estimator).__name__} has no predict")
-    width = getattr(estimator, "n_features_in_", None)
-    given = TensorSpec("input-0", "BYTES", (-1,)) if width is None else TensorSpec("input-0", "FP64", (-1, width))
     classes = getattr(estimator, "classes_", None)
-    outputs = [TensorSpec("predict", _datatype(estimator, classes), (-1, *_targets(estimator, width)))]
+    outputs = [TensorSpec("predict", _datatype(estimator, classes), (-1, *_targets(estimator, rows)))]
     # Several targets answer a list of arrays of different widths, which is no tensor.
     if hasattr(estimator, "predict_proba") and isinstance(classes, np.ndarray):
         outputs.append(TensorSpec("predict_proba", "FP64", (-1, len(classes))))
-    return Signature((given,), tuple(outputs), platform="sklearn", lenient=True, default_outputs=("predict",))
+    return Signature(rows.specs, tuple(outputs), platform="sklearn", lenient=True, default_outputs=("predict",))
 
 
 def _datatype(estimator: Any, classes: Any) -> str:
@@ -187,11 +188,12 @@ def _datatype(estimator: Any, classes: Any) -> str:
     return "FP64" if "f" in kinds else "BOOL" if kinds == {"b"} else "INT64"
 
 
-def _targets(estimator: Any, width: int | None) -> tuple[int, ...]:
+def _targets(estimator: Any, rows: Rows) -> tuple[int, ...]:
     """Shape of one row's prediction, which only a prediction tells; () if zeros are no possible row."""
     try:
         with _one_thread():
-            return tuple(np.shape(estimator.predict(np.zeros((1, width or 0))))[1:])
+            zeros = rows.of({"": np.zeros((1, rows.width or 0))})
+            return tuple(np.shape(estimator.predict(zeros))[1:])
     except Exception:  # text, categories never seen: models of one target, as good as always
         return ()
 

@@ -104,13 +104,16 @@ def check(request: DecodedRequest, signature: Signature) -> tuple[Mapping[str, T
     """
     specs = {spec.name: spec for spec in signature.inputs}
     inputs = request.inputs
-    if signature.lenient and len(specs) == len(inputs) == 1:
-        inputs = dict(zip(specs, inputs.values(), strict=True))
+    if signature.lenient and len(inputs) == 1:
+        if len(specs) == 1:
+            inputs = dict(zip(specs, inputs.values(), strict=True))
     elif specs or not signature.lenient:
         for index, (name, array) in enumerate(inputs.items()):
             spec = specs.get(name)
             if spec is None:
                 raise InvalidRequest(f"{_field('inputs', index, name)}: not an input of the model: {_names(specs)}")
+            if signature.lenient:
+                continue
             datatype, shape = request.datatypes[name], array.shape
             if datatype != spec.datatype:
                 raise InvalidRequest(

@@ -47,9 +47,15 @@ class Preparer:
 
 PREPARERS: Final[dict[str, Preparer]] = {
     "onnx": Preparer("loaders.fleet.split:split", "shared", ("onnxruntime", "onnx"), max_bytes=1 << 30),
+    "sklearn": Preparer(
+        "loaders.prepare.sklearn:prepare", "converted", ("scikit-learn", "onnx", "onnxruntime", "skl2onnx")
+    ),
 }
 
-FORMS: Final[dict[str, str]] = {"shared": "loaders.fleet.model:SharedLoader"}
+FORMS: Final[dict[str, str]] = {
+    "converted": "loaders.prepare.converted:ConvertedLoader",
+    "shared": "loaders.fleet.model:SharedLoader",
+}
 """`module:class` of a `Loader` whose artifact's path is the folder that a preparer filled."""
 
 

@@ -1,0 +1,161 @@
+"""`loaders.prepare.sklearn`: graphs that answer, and refuse, as the estimators do. Authority: scikit-learn's own
+predictions; MLServer's pandas codec and KServe's named inputs for columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+from sklearn.datasets import load_diabetes, load_wine
+from sklearn.ensemble import (
+    GradientBoostingRegressor,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.svm import SVC
+
+from loaders.base import Artifact, InferError, LoadedModel, Tensor
+from loaders.prepare import Damaged, NotPreparable
+from loaders.prepare.converted import GRAPH, ConvertedLoader
+from loaders.prepare.sklearn import prepare
+from loaders.sklearn import SklearnLoader
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of skl2onnx; the child ignores them too
+
+Both = tuple[LoadedModel, LoadedModel]
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Callable[[Any], Both]:
+    """`both(fitted)`: the model as scikit-learn has it, and converted."""
+
+    def convert(estimator: Any) -> Both:
+        joblib.dump(estimator, tmp_path / "model.joblib")
+        artifact, folder = Artifact(tmp_path / "model.joblib"), tmp_path / "form"
+        folder.mkdir()
+        prepare(artifact, folder)
+        return SklearnLoader().load(artifact), ConvertedLoader().load(Artifact(folder))
+
+    return convert
+
+
+CLASSIFIERS = [
+    RandomForestClassifier(20, random_state=0),
+    LogisticRegression(max_iter=50, tol=0.1),
+    SVC(),
+    MLPClassifier((20,), max_iter=30, tol=0.5, random_state=0),
+    make_pipeline(StandardScaler(), RandomForestClassifier(10, random_state=0)),
+]
+REGRESSORS = [
+    RandomForestRegressor(20, random_state=0),
+    GradientBoostingRegressor(n_estimators=10, random_state=0),
+    make_pipeline(MinMaxScaler(), HistGradientBoostingRegressor(max_iter=10, random_state=0)),
+]
+
+
+@pytest.mark.parametrize("estimator", CLASSIFIERS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("labels", [[0, 1, 2], ["barolo", "grignolino", "barbera"]], ids=["numbers", "strings"])
+def test_classifiers_answer_as_before(both: Callable[[Any], Both], estimator: Any, labels: list[Any]) -> None:
+    rows, classes = load_wine(return_X_y=True)
+    own, converted = both(estimator.fit(rows[::2], np.array(labels)[classes[::2]]))
+    assert converted.signature == own.signature
+    outputs = [spec.name for spec in own.signature.outputs]
+    expected, found = (model.infer({"input-0": rows}, outputs) for model in (own, converted))
+    np.testing.assert_array_equal(found["predict"], expected["predict"])
+    assert [found[name].dtype for name in outputs] == [expected[name].dtype for name in outputs]
+    if len(outputs) > 1:
+        np.testing.assert_allclose(found["predict_proba"], expected["predict_proba"], atol=1e-6)
+
+
+@pytest.mark.parametrize("trees", [4, 7, 10])
+def test_ties_of_two_classes_go_as_before(both: Callable[[Any], Both], trees: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2000, 3))
+    own, converted = both(RandomForestClassifier(trees, random_state=0).fit(rows[:300], rng.integers(0, 2, 300)))
+    expected, found = (model.infer({"x": rows}, ["predict", "predict_proba"]) for model in (own, converted))
+    assert trees % 2 or (expected["predict_proba"][:, 0] == 0.5).sum() > 20
+    np.testing.assert_array_equal(found["predict"], expected["predict"])
+    np.testing.assert_allclose(found["predict_proba"], expected["predict_proba"], atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", REGRESSORS, ids=lambda each: type(each).__name__)
+def test_regressors_answer_as_before(both: Callable[[Any], Both], estimator: Any) -> None:
+    rows, target = load_diabetes(return_X_y=True)
+    own, converted = both(estimator.fit(rows, target))
+    expected, found = (model.infer({"input-0": rows}, ["predict"])["predict"] for model in (own, converted))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        np.ones((1, 12)),
+        np.ones(13),
+        np.full((1, 13), np.nan),
+        np.full((1, 13), np.inf),
+        np.full((1, 13), 1e39),
+        np.full((1, 13), b"dog", dtype=object),
+        np.full((1, 13), b"1.5", dtype=object),
+        np.full((1, 13), b"\xff", dtype=object),
+        np.ones((0, 13)),
+        np.ones((2, 13), np.int8),
+        np.ones((2, 13), np.float16),
+    ],
+    ids=["narrow", "1-D", "NaN", "infinite", "beyond FP32", "word", "decimal", "not UTF-8", "no rows", "INT8", "FP16"],
+)
+@pytest.mark.parametrize("estimator", [LogisticRegression(tol=0.1), RandomForestClassifier(5)], ids=["linear", "trees"])
+def test_what_one_refuses_the_other_does(both: Callable[[Any], Both], estimator: Any, tensor: Tensor) -> None:
+    rows, classes = load_wine(return_X_y=True)
+    own, converted = both(estimator.fit(rows, classes))
+    assert _said(converted, tensor) == _said(own, tensor)
+
+
+def _said(model: LoadedModel, tensor: Tensor) -> list[Any] | bool:
+    """A prediction, or that the client is to blame for there being none."""
+    try:
+        return [each.tolist() for each in model.infer({"x": tensor}, ["predict"]).values()]
+    except InferError as error:
+        return error.bad_input
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2], ids=["whole", "holes"])
+def test_missing_values_go_where_the_trees_were_taught(both: Callable[[Any], Both], share: float) -> None:
+    rows, classes = load_wine(return_X_y=True)
+    rng = np.random.default_rng(0)
+    taught, holes = (np.where(rng.random(rows.shape) < each, np.nan, rows) for each in (share, 0.2))
+    own, converted = both(RandomForestClassifier(10, random_state=0).fit(taught, classes))
+    expected, found = (model.infer({"x": holes}, ["predict_proba"])["predict_proba"] for model in (own, converted))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_what_does_not_convert_or_agree_is_refused(both: Callable[[Any], Both]) -> None:
+    from sklearn.neighbors import NearestCentroid
+
+    rows, classes = load_wine(return_X_y=True)
+    with pytest.raises(NotPreparable, match="NearestCentroid"):
+        both(NearestCentroid().fit(rows, classes))
+
+
+def test_a_damaged_graph_or_description_is_told(tmp_path: Path, both: Callable[[Any], Both]) -> None:
+    rows, classes = load_wine(return_X_y=True)
+    both(LogisticRegression(tol=0.1).fit(rows, classes))
+    folder = tmp_path / "form"
+    graph, description = folder / GRAPH, folder / "conversion.json"
+    for path in (graph, description):
+        whole = path.read_bytes()
+        for content in (b"", b"junk", whole[:-9], whole.replace(b"t", b"u")):
+            path.write_bytes(content)
+            with pytest.raises(Damaged, match="damaged"):
+                ConvertedLoader().load(Artifact(folder))
+        path.write_bytes(whole)
+    assert ConvertedLoader().load(Artifact(folder)).signature.platform == "sklearn"
