@@ -38,7 +38,9 @@ class Rows:
         """Columns of strings."""
         self._pandas = _pandas() if self.names else None
         if self.names and self._pandas is None and (self.texts or _selects_by_name(estimator)):
-            raise LoaderError("it was fitted on a data frame, and pandas is not installed: pip install 'densemesh[pandas]'")
+            raise LoaderError(
+                "it was fitted on a data frame, and pandas is not installed: pip install 'densemesh[pandas]'"
+            )
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -36,7 +36,18 @@ def test_operator_is_still_the_standard_librarys() -> None:
         (
             "loaders",
             {entry.loader.partition(":")[0].rpartition(".")[2] for entry in LOADERS.values()},
-            {"base", "datatypes", "artifacts", "columns", "sklearn_rows", "matrix", "onnx_file", "onnx_session", "sizing", "taking_turns"},
+            {
+                "base",
+                "datatypes",
+                "artifacts",
+                "columns",
+                "sklearn_rows",
+                "matrix",
+                "onnx_file",
+                "onnx_session",
+                "sizing",
+                "taking_turns",
+            },
         ),
         ("placement/policies", set(POLICIES), {"base", "ordered", "ghosts"}),
         (
