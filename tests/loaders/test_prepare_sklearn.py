@@ -35,8 +35,9 @@ Both = tuple[LoadedModel, LoadedModel]
 
 
 @pytest.fixture
-def both(tmp_path: Path) -> Callable[[Any], Both]:
-    """`both(fitted)`: the model as scikit-learn has it, and converted."""
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Both]:
+    """`both(fitted)`: the model as scikit-learn has it, and converted, whether that is faster or not."""
+    monkeypatch.setattr("loaders.prepare.sklearn.check_gain", lambda *_: None)
 
     def convert(estimator: Any) -> Both:
         joblib.dump(estimator, tmp_path / "model.joblib")
