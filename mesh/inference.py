@@ -14,7 +14,7 @@ from loaders.base import LoaderError, Tensor
 from mesh import __version__
 from mesh.directory import Directory, check_id
 from mesh.driver import Driver
-from mesh.errors import InvalidRequest, MeshError, ModelNotFound, NotHere, Unimplemented
+from mesh.errors import InvalidRequest, MeshError, ModelFailed, ModelNotFound, NotHere, Unimplemented
 from mesh.models import settings_of
 from mesh.plans import answered, learn, split
 from mesh.residency import Residency, overall
@@ -134,7 +134,10 @@ class Inference:
         told = {pb.ModelInferResponse.MODEL_NAME_FIELD_NUMBER: name}
         if version:
             told[pb.ModelInferResponse.MODEL_VERSION_FIELD_NUMBER] = version
-        return with_strings(response, told)
+        try:
+            return with_strings(response, told)
+        except InvalidRequest as error:
+            raise ModelFailed(f"the model server answered with a {error}") from None
 
     async def _infer_unplanned(self, copy: Copy, call: Call, message: bytes, key: bytes | None) -> bytes:
         """The long way; if the request is right and has a key, the next one like it takes the short one."""

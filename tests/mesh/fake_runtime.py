@@ -44,6 +44,8 @@ class Model:
     size_later: bool = False
     """The load does not tell the size."""
     max_concurrency: int = 0
+    garbage: bool = False
+    """It answers with bytes that are no message."""
 
 
 @dataclass
@@ -158,6 +160,8 @@ class Server:
             raise AssertionError("abort raises")
         if model.fail_infer:
             await context.abort(grpc.StatusCode[model.fail_infer], "the server's own words: not found")
+        if model.garbage:
+            return b"\x0a\x7fshort"
         self.running[request.model_name] += 1
         self.most[request.model_name] = max(self.most[request.model_name], self.running[request.model_name])
         try:
@@ -207,7 +211,7 @@ async def serve(settings: Settings) -> None:
             name: grpc.unary_unary_rpc_method_handler(
                 handler.__get__(server),
                 request_deserializer=getattr(module, request).FromString,
-                response_serializer=lambda answer: answer.SerializeToString(),
+                response_serializer=lambda answer: answer if isinstance(answer, bytes) else answer.SerializeToString(),
             )
             for name, (request, handler) in methods.items()
         }

@@ -345,6 +345,13 @@ async def test_a_declaration_that_contradicts_the_server_fails_the_load(runtime:
         assert runtime.calls[-1] == "unloadModel m"
 
 
+async def test_an_answer_that_is_none_is_the_servers_fault(runtime: FakeRuntime) -> None:
+    async with running("a", Loads(), **settings(runtime)) as mesh:
+        await register(mesh, "m", garbage=True)
+        answered, said = await mesh.clients["a"].refusal("ModelInfer", request_for("m"))
+        assert (answered, "malformed message" in said) == ("INTERNAL", True)
+
+
 async def test_versions_are_the_registrations(runtime: FakeRuntime) -> None:
     async with running("a", Loads(), **settings(runtime)) as mesh:
         info = mm.ModelInfo(type="pmml", path="/m", key='{"version": "3", "parameters": {}}')
