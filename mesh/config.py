@@ -98,6 +98,7 @@ class Config:
     storage_config: str = _setting("", "Storage keys: a directory with a JSON file for each, or one JSON file of all.")
     pvc_root: str = _setting("/pvc_mounts", "Directory in which pvc:// claims are mounted by name.")
     load_slots: int = _setting(2, "Models that load at once.")
+    load_timeout_s: float = _setting(90.0, "How long a model may take to load; its slot is another's then.")
     run_threads: int = _setting(os.cpu_count() or 1, "Threads that run models.")
     allow_code: str = _setting("", f"Files that may run their author's code: any of {','.join(_CODE)}.")
     preload: str = _setting("", "Formats whose framework is imported before serving, e.g. onnx,sklearn.")
@@ -189,6 +190,7 @@ class Config:
                 return f"--{name}: expected a port from 0 to 65535, found {port}"
         for name, number, least, most in (
             ("load-slots", self.load_slots, 1, 64),
+            ("load-timeout-s", self.load_timeout_s, 0.001, 86_400),
             ("run-threads", self.run_threads, 1, 1024),
             ("request-timeout-s", self.request_timeout_s, 0.001, 86_400),
             ("drain-timeout-s", self.drain_timeout_s, 0, 86_400),

@@ -95,7 +95,8 @@ class Driver:
         """What was asked of other pods and is still under way."""
         # Unloads and estimates must not queue behind loads, or room would wait for what waits for room.
         slots = engine.limits.load_slots
-        self._loading = ThreadPoolExecutor(slots, "load")
+        # A load that is overdue keeps its thread.
+        self._loading = ThreadPoolExecutor(slots + engine.limits.max_overdue, "load")
         self._fetching = ThreadPoolExecutor(slots, "fetch")
         self._fetches = Fetches(slots, engine.next_fetch)
         self._housekeeping = ThreadPoolExecutor(2, "housekeeping")

@@ -196,6 +196,7 @@ class Pod:
             labels=config.labels,
             run_threads=config.run_threads,
             load_slots=config.load_slots,
+            load_timeout_ms=round(config.load_timeout_s * 1000),
         )
         if runtime is not None:
             limits = runtime.limits(limits)

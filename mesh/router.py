@@ -14,7 +14,7 @@ from mesh.driver import Driver, now_ms
 from mesh.errors import InvalidRequest, LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
 from mesh.rpc import HOLDER, Call, Client, Head, Metadata, Told
 from placement.cache import Copy
-from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.lifecycle import HAS_FAILED, IN_FLIGHT, CopyState
 from placement.messages import Forward, Hop, Join, LoadHere, Refuse, Serve, Why
 from placement.records import ModelId, ModelRecord, PodId, Priority
 
@@ -194,7 +194,7 @@ class Router:
                 await self._driver.changed(copy.model.model_id)
             if copy.state is CopyState.LOADED:
                 return await self._serve(copy, call, message, local)
-            if copy.state is CopyState.FAILED:
+            if copy.state in HAS_FAILED:
                 raise _failure(copy)
             return None
         finally:

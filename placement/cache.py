@@ -3,7 +3,7 @@
 Every byte of capacity is in one of five books:
 
     loaded      LOADED copies, at their measured size
-    loading     LOADING and SIZING copies, at their estimate until the books are corrected
+    loading     LOADING, OVERDUE and SIZING copies, at their estimate until the books are corrected
     unloading   UNLOADING copies: still in memory
     promised    WAITING copies: not taken yet, but spoken for
     free        the rest
@@ -133,7 +133,7 @@ class Cache(Books[CopyState, Move, Copy]):
 
     def __repr__(self) -> str:
         return (
-            f"loaded={self.bytes_in(CopyState.LOADED)} loading={self.bytes_in(CopyState.LOADING, CopyState.SIZING)} "
+            f"loaded={self.bytes_in(CopyState.LOADED)} loading={self.bytes_in(*_LOADING)} "
             f"unloading={self.bytes_in(CopyState.UNLOADING)} promised={self.bytes_in(CopyState.WAITING)} "
             f"of {self.capacity_bytes}"
         )
@@ -191,12 +191,13 @@ class Cache(Books[CopyState, Move, Copy]):
         assert self.queue_ms == sum(copy.load_ms for copy in self.copies.values() if copy.state in _UNLOADED)
 
 
+_LOADING: Final = frozenset({CopyState.LOADING, CopyState.OVERDUE, CopyState.SIZING})
 _UNDER_WAY: Final = frozenset({CopyState.WAITING, CopyState.LOADING})
 _UNLOADED: Final = _UNDER_WAY | {CopyState.QUEUED}
 _LIFE: Final = Life(
     TRANSITIONS,
-    resident=frozenset({CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.UNLOADING}),
-    committed=frozenset({CopyState.LOADED, CopyState.LOADING, CopyState.SIZING, CopyState.WAITING}),
+    resident=_LOADING | {CopyState.LOADED, CopyState.UNLOADING},
+    committed=_LOADING | {CopyState.LOADED, CopyState.WAITING},
     settled=CopyState.LOADED,
     gone=CopyState.GONE,
 )

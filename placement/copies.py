@@ -122,13 +122,17 @@ class LocalCopies:
 
     def loaded(self, copy: Copy, size_bytes: int, kept: Mapping[Tier, int], now_ms: int, actions: list[Action]) -> None:
         """The load has ended well; `advance` corrects the books."""
-        took_ms = now_ms - copy.since_ms
+        is_late = copy.state is CopyState.OVERDUE
+        took_ms = now_ms - copy.since_ms + (self.limits.load_timeout_ms if is_late else 0)
         self.cache.move(copy, Move.FINISH, now_ms)
         self._stats.loads_finished += 1
         source = None if copy.source is None else copy.source.tier
         self.costs.observe(copy.model.model_id, source, size_bytes, took_ms)
         copy.measured_bytes = size_bytes
         self._tiers.load_ended(copy, kept, now_ms, actions)
+        if is_late:  # it was told as failed
+            copy.error = ""
+            self._published.tell(copy.model.model_id, actions)
         if copy.doomed:
             self._moves.evict(copy, now_ms, actions)
         else:
@@ -180,11 +184,16 @@ class LocalCopies:
         self._published.tell(model_id, actions)
 
     def tick(self, now_ms: int, actions: list[Action]) -> None:
-        """Forget failures whose time has come; see that tenants keep to their limits."""
+        """Forget failures whose time has come, and give up loads that take too long; see that tenants keep to their
+        limits."""
         self.tenants.refresh()
         self._admission.trim(now_ms, actions)
         for copy in [c for c in self.cache.in_state(CopyState.FAILED) if c.expires_ms <= now_ms]:
             self._moves.drop(copy, now_ms, actions)
+        started_ms = now_ms - self.limits.load_timeout_ms
+        slow = [copy for copy in self.cache.in_state(CopyState.LOADING) if copy.since_ms <= started_ms]
+        for copy in slow[: self.limits.max_overdue - self.cache.count(CopyState.OVERDUE)]:
+            self._moves.expire(copy, now_ms, actions)
 
     def _load_ms(self, copy: Copy, size_bytes: int) -> int:
         source = None if copy.source is None else copy.source.tier

@@ -15,7 +15,7 @@ from placement.cache import Copy
 from placement.copies import LocalCopies
 from placement.drain import Drain
 from placement.labels import lacks_labels, missing
-from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.lifecycle import HAS_FAILED, IN_FLIGHT, CopyState
 from placement.limits import Limits
 from placement.messages import (
     Action,
@@ -193,7 +193,7 @@ class Engine:
             oldest_used_ms=self.cache.policy.oldest_used_ms(),
             loaded=count(CopyState.LOADED),
             loading=count(*IN_FLIGHT),
-            failed=count(CopyState.FAILED),
+            failed=count(*HAS_FAILED),
             draining=self.draining,
             host_free_bytes=self._free_bytes(Tier.HOST),
             disk_free_bytes=self._free_bytes(Tier.DISK),
@@ -278,12 +278,14 @@ class Engine:
         if hop is Hop.HIT_ONLY:
             return self._refuse(Why.NOT_HERE)
         if hop is Hop.LOAD_HERE:
-            if copy is not None and copy.state is CopyState.FAILED:
+            if copy is not None and copy.state in HAS_FAILED:
                 return self._refuse(Why.NO_ROOM if copy.no_room else _failure(copy.retryable), copy.error)
             if self.draining:
                 return self._refuse(Why.NOT_HERE)
             self.stats.loads += 1
             return LoadHere()
+        if copy is not None and copy.state is CopyState.OVERDUE:  # also if it was another model's of that name
+            exclude = {*exclude, self.pod_id}
         failures = [c for c in self.copies_of(model_id).values() if c.status is CopyStatus.FAILED]
         if len(failures) >= self.limits.load_tries:
             return self._refuse_failed(failures)

@@ -2,7 +2,8 @@
 
     QUEUED -> WAITING | FAILED | GONE
     WAITING -> LOADING | GONE
-    LOADING -> SIZING | FAILED
+    LOADING -> SIZING | FAILED | OVERDUE
+    OVERDUE -> SIZING | FAILED
     SIZING -> LOADED | UNLOADING
     LOADED -> UNLOADING
     UNLOADING -> GONE | FAILED
@@ -11,6 +12,8 @@
 QUEUED     wanted; its size is being estimated, or no load slot or room can be promised yet
 WAITING    room is promised; the evictions that make it are not finished
 LOADING    the loader works; the estimate's bytes are taken
+OVERDUE    it has worked for too long: the load is told as failed, and its slot is another's, but its bytes are taken
+           until it answers, since nothing can end it; what comes late serves after all
 SIZING     loaded and measured; the books are being corrected, which may need evictions
 LOADED     serves
 UNLOADING  does not serve any more; its bytes count until the unload has finished; FAILED follows if it was given up
@@ -32,6 +35,7 @@ class CopyState(Enum):
     QUEUED = "queued"
     WAITING = "waiting"
     LOADING = "loading"
+    OVERDUE = "overdue"
     SIZING = "sizing"
     LOADED = "loaded"
     UNLOADING = "unloading"
@@ -43,6 +47,7 @@ class Move(Enum):
     PROMISE = "room promised"
     START = "room free, load started"
     FINISH = "load finished"
+    EXPIRE = "load not finished in time"
     SETTLE = "books corrected"
     EVICT = "evicted or removed"
     UNLOADED = "unload finished"
@@ -60,7 +65,8 @@ _S, _M = CopyState, Move
 TRANSITIONS: Final[dict[CopyState, dict[Move, CopyState]]] = {
     _S.QUEUED: {_M.PROMISE: _S.WAITING, _M.FAIL: _S.FAILED, _M.DROP: _S.GONE},
     _S.WAITING: {_M.START: _S.LOADING, _M.DROP: _S.GONE},
-    _S.LOADING: {_M.FINISH: _S.SIZING, _M.FAIL: _S.FAILED},
+    _S.LOADING: {_M.FINISH: _S.SIZING, _M.FAIL: _S.FAILED, _M.EXPIRE: _S.OVERDUE},
+    _S.OVERDUE: {_M.FINISH: _S.SIZING, _M.FAIL: _S.FAILED},
     _S.SIZING: {_M.SETTLE: _S.LOADED, _M.EVICT: _S.UNLOADING},
     _S.LOADED: {_M.EVICT: _S.UNLOADING},
     _S.UNLOADING: {_M.UNLOADED: _S.GONE, _M.REJECT: _S.FAILED},
@@ -70,6 +76,9 @@ TRANSITIONS: Final[dict[CopyState, dict[Move, CopyState]]] = {
 
 IN_FLIGHT: Final = frozenset({_S.QUEUED, _S.WAITING, _S.LOADING, _S.SIZING})
 """On the way to LOADED: a request may join."""
+
+HAS_FAILED: Final = frozenset({_S.OVERDUE, _S.FAILED})
+"""Not to be tried again yet: the error tells why."""
 
 
 def next_state(state: CopyState, move: Move) -> CopyState:

@@ -31,6 +31,10 @@ class Limits:
     """Requests that run at once."""
     load_slots: int = 2
     """Loads under way at once, evictions they wait for included."""
+    load_timeout_ms: int = 90_000
+    """How long a loader may work on a model, once there is room (ModelMesh's built-in runtimes: 90 s)."""
+    max_overdue: int = 8
+    """Loads that may be longer at work than that; more keep their slots."""
     failure_expiry_ms: int = 60_000
     """How long a failed load is remembered."""
     retryable_expiry_ms: int = 5_000

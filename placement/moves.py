@@ -58,6 +58,13 @@ class Moves:
         self._tiers.load_given_up(copy, not retryable, now_ms, actions)
         self._failed(copy, error, retryable, actions)
 
+    def expire(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
+        """Its load takes too long: others get the slot, and who waits for it hears of that."""
+        self.cache.move(copy, Move.EXPIRE, now_ms)
+        self._stats.loads_overdue += 1
+        copy.error, copy.retryable = f"not loaded after {self._limits.load_timeout_ms / 1000:g} s", True
+        self._tell(copy, actions)
+
     def evict(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """It does not serve any more, and goes as soon as nobody uses it."""
         self.cache.move(copy, Move.EVICT, now_ms)

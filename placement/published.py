@@ -7,7 +7,7 @@ from typing import Final
 
 from placement.cache import Cache, Copy
 from placement.holdings import Holding, Holdings, HoldState
-from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.lifecycle import HAS_FAILED, IN_FLIGHT, CopyState
 from placement.messages import Action, Publish, Unpublish
 from placement.records import CopyRecord, CopyStatus, ModelId, PodId, Tier
 
@@ -76,5 +76,5 @@ class Published:
 _STATUS: Final = {
     **dict.fromkeys(IN_FLIGHT, CopyStatus.LOADING),
     CopyState.LOADED: CopyStatus.LOADED,
-    CopyState.FAILED: CopyStatus.FAILED,
+    **dict.fromkeys(HAS_FAILED, CopyStatus.FAILED),
 }

@@ -29,6 +29,8 @@ class Stats:
     """The loader gave a model, even if its copy had to go at once."""
     loads_failed: int = 0
     """Copies that came to FAILED: at the estimate, in the load, or because they turned out larger than the room."""
+    loads_overdue: int = 0
+    """Loads that were not finished in time."""
     evictions: int = 0
     """LOADED copies given up for room; those of removed models are not counted."""
     moved_bytes: Counter[tuple[Tier | None, Tier]] = field(default_factory=Counter)

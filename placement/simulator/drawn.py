@@ -130,6 +130,7 @@ def draw(seed: int) -> tuple[Options, Clients]:
             vmodels=some(10),
             skew_ms=rng.choice([0, 50, 5_000]),
         ),
+        load_timeout_ms=Random(f"load timeout {seed}").choice([15_000, 90_000]),
     )
     clients = Clients(
         models=rng.randint(3, 40),

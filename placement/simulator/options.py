@@ -81,6 +81,7 @@ class Options:
     """Before requests come, every pod has loaded its share of the models, as far as it has room."""
     policy: str = "lru"
     load_slots: int = 2
+    load_timeout_ms: int = 90_000
     run_slots: int = 0
     """Requests a pod runs at once; the others wait in line. 0: as many as come."""
     timeout_ms: int = 30_000

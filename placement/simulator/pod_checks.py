@@ -95,8 +95,8 @@ def guaranteed(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> s
 
 
 def slots(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
-    limits = pod.engine.limits
-    return f"{len(pod.loader.loading)} loads at once" if len(pod.loader.loading) > limits.load_slots else ""
+    count = len(pod.loader.loading) - pod.engine.cache.count(CopyState.OVERDUE)
+    return f"{count} loads at once" if count > pod.engine.limits.load_slots else ""
 
 
 _COMING: Final = frozenset({CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED})
@@ -126,7 +126,9 @@ def books(pod: SimPod) -> str:
 def shell(pod: SimPod) -> str:
     """What the engine believes to be in memory or on its way there is."""
     cache = pod.engine.cache
-    loading = {copy.model.model_id for copy in cache.in_state(CopyState.LOADING)}
+    loading = {
+        copy.model.model_id for state in (CopyState.LOADING, CopyState.OVERDUE) for copy in cache.in_state(state)
+    }
     held = {
         copy.model.model_id
         for state in (CopyState.SIZING, CopyState.LOADED, CopyState.UNLOADING)

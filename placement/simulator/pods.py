@@ -75,6 +75,7 @@ class SimPod:
             disk_bytes=options.disk_bytes,
             host_mode=options.host_mode,
             load_slots=options.load_slots,
+            load_timeout_ms=options.load_timeout_ms,
         )
         self.engine = Engine(
             self.pod_id, f"{self.pod_id}:8033", limits, self.view, world.policy, Random(self.rng.random())

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from placement.cache import Copy
-from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.lifecycle import HAS_FAILED, IN_FLIGHT, CopyState
 from placement.messages import CopyWanted, Forward, Hop, Join, LoadHere, Refuse, Serve, Why
 from placement.records import PodId, model_key
 from placement.simulator.checks import Violation
@@ -241,7 +241,7 @@ def _join(call: Call, copy: Copy) -> Generator[Tick, None, bool]:
         if copy.state is CopyState.LOADED:
             yield from _serve(call, copy)
             return True
-        if copy.state is CopyState.FAILED:
+        if copy.state in HAS_FAILED:
             raise Failed(
                 Outcome.NO_ROOM if copy.no_room else Outcome.LOAD_UNAVAILABLE if copy.retryable else Outcome.LOAD_FAILED
             )

@@ -31,6 +31,7 @@ from placement.messages import (
     SizeEstimated,
     StartLoad,
     StartUnload,
+    Tick,
     UnloadFinished,
     Unpublish,
     Wake,
@@ -111,6 +112,11 @@ class Pod:
         kept = {tier: size_bytes for tier, most in keep.items() if keeps and size_bytes <= most}
         return self.step(LoadFinished(model_id, size_bytes, kept))
 
+    def expire(self) -> list[Action]:
+        """Let loads that are under way take too long."""
+        self.now_ms += self.limits.load_timeout_ms
+        return self.step(Tick())
+
     def unload(self, model_id: ModelId, *, keeps: bool = True) -> list[Action]:
         return self.step(UnloadFinished(model_id, keeps and model_id in self.below.keeping))
 
@@ -180,7 +186,8 @@ class Pod:
         for model_id in self.published.keys() | self.cache.copies.keys() | self.below.models():
             assert _gist(self.published.get(model_id)) == _gist(self.engine.copies.published(model_id))
         assert not any(self.copy(model_id).pins for model_id in self.unloading)
-        assert set(self.loading) == {m for m in self.cache.copies if self.state(m) is CopyState.LOADING}
+        at_work = (CopyState.LOADING, CopyState.OVERDUE)
+        assert set(self.loading) == {m for m in self.cache.copies if self.state(m) in at_work}
 
     # The shell's part
 
@@ -213,10 +220,11 @@ class Pod:
                     self.estimating[model.model_id] = model
                 case StartLoad(model):
                     assert model.model_id not in self.loading.keys() | self.memory.keys(), "loaded twice"
-                    assert len(self.loading) < self.limits.load_slots, "more loads than slots"
+                    overdue = self.cache.count(CopyState.OVERDUE)
+                    assert len(self.loading) - overdue < self.limits.load_slots, "more loads than slots"
                     self.loading[model.model_id] = model
                     self.below.reading[model.model_id] = action
-                    taken = sum(self.memory.values()) + self.cache.bytes_in(CopyState.LOADING)
+                    taken = sum(self.memory.values()) + self.cache.bytes_in(CopyState.LOADING, CopyState.OVERDUE)
                     assert taken <= self.limits.capacity_bytes, "a load starts into memory that is not free"
                 case StartUnload(model_id, keep):
                     assert model_id in self.memory

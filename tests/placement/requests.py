@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from typing import Final
 
 from placement.cache import Copy
-from placement.lifecycle import IN_FLIGHT, CopyState
+from placement.lifecycle import HAS_FAILED, IN_FLIGHT, CopyState
 from placement.messages import CopyWanted, Forward, Hop, Join, LoadHere, Refuse, Serve, Why
 from placement.records import ModelId, PodId, model_key
 from tests.placement.pods import START_MS, Pod, Waiter
@@ -91,7 +91,7 @@ class Requests:
             if copy.state is CopyState.LOADED:
                 yield from self._serve(pod, copy)
                 return True
-            if copy.state is CopyState.FAILED:
+            if copy.state in HAS_FAILED:
                 raise Refused(Why.LOAD_FAILED)
             return False
         finally:

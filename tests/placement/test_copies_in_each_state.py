@@ -67,6 +67,11 @@ def _given_up(pod: Pod) -> None:
     pod.finish("a", 11)
 
 
+def _overdue(pod: Pod) -> None:
+    pod.queue("a", 2)
+    pod.expire()
+
+
 def _failed(pod: Pod) -> None:
     pod.queue("a", 2)
     pod.step(LoadFailed("a", "corrupt", False))
@@ -81,6 +86,7 @@ _STATES = [
     (_loaded, CopyState.LOADED, True),
     (_unloading, CopyState.UNLOADING, True),
     (_given_up, CopyState.UNLOADING, True),
+    (_overdue, CopyState.OVERDUE, True),
     (_failed, CopyState.FAILED, False),
 ]
 """How a copy gets there, and whether something must end before it is gone."""
@@ -177,6 +183,7 @@ _EVENTS = [SizeEstimated("a", 1), LoadFinished("a", 1), LoadFailed("a", "x", Fal
 _EXPECTED: dict[Callable[[Pod], None], set[type]] = {
     _queued: {SizeEstimated, LoadFailed},
     _loading: {LoadFinished, LoadFailed},
+    _overdue: {LoadFinished, LoadFailed},
     _unloading: {UnloadFinished},
     _given_up: {UnloadFinished},
 }
