@@ -6,8 +6,8 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from lzma import LZMAError
 from pathlib import Path
 from typing import IO, Final
@@ -49,7 +49,7 @@ def unpack(path: Path, folder: Path, max_bytes: int) -> int:
     folder.mkdir()
     members = _zip(path) if path.name.lower().endswith(".zip") else _tar(path)
     count = written = 0
-    with _refused(path.name):
+    with _refused(path.name), closing(members):
         for name, source in members:
             count += 1
             if count > MAX_FILES:
@@ -74,7 +74,7 @@ def top(folder: Path) -> Path:
     return inner[0] if len(inner) == 1 and inner[0].is_dir() else folder
 
 
-def _zip(path: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
+def _zip(path: Path) -> Generator[tuple[str, IO[bytes] | None]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             kind = info.external_attr >> 28
@@ -87,7 +87,7 @@ def _zip(path: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
                     yield info.filename, source
 
 
-def _tar(path: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
+def _tar(path: Path) -> Generator[tuple[str, IO[bytes] | None]]:
     with tarfile.open(path, "r|*") as archive:
         for info in archive:
             name = info.name.removeprefix("./")

@@ -111,8 +111,13 @@ class _File:
         self._hashing = threading.Lock()
         self.restart()
         with disk_told():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except (FileExistsError, NotADirectoryError):
+                raise LoaderError(
+                    f"{entry.name[:200]!r} or a part of its path is both a file and a directory"
+                ) from None
             try:
                 if entry.size_bytes:
                     os.posix_fallocate(file, 0, entry.size_bytes)  # a full disk is found out first

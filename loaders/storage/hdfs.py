@@ -55,6 +55,8 @@ class Hdfs:
                 for each in told["FileStatuses"]["FileStatus"]:
                     name = "/".join(filter(None, (folder, each["pathSuffix"])))
                     if each["type"] == "DIRECTORY":
+                        if name == folder:
+                            raise ValueError(name)
                         folders.append(name)
                     else:
                         yield _entry(f"{prefix}/{name}" if prefix else name, name, each)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -398,6 +399,54 @@ def test_a_full_disk(server: ObjectServer, tmp_path: Path, storage: Storage, mon
     assert error.retryable
     monkeypatch.undo()
     assert left(tmp_path) == []
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 400 kB; needs the right to mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "none", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("key", ["large.onnx", "large.zip"])
+def test_a_disk_that_is_full_although_the_cache_may_have_more(
+    server: ObjectServer, config: Path, tiny_disk: Path, key: str
+) -> None:
+    large = bytes(600_000)
+    server.objects[key] = zipped(m=large) if key == "large.zip" else large
+    storage = Storage(tiny_disk / "cache", 1 << 20, config, tiny_disk)
+    held = hold(storage, "s3://b/m")
+    error = refusal(storage, f"s3://b/{key}")
+    assert str(error) == "the model cache cannot be written: No space left on device"
+    assert error.retryable
+    assert (Path(held.path) / "model.onnx").read_bytes() == BIG
+    assert len(left(tiny_disk)) == 2  # what is held and its lock
+    held.close()
+    storage.close()
+
+
+@pytest.mark.parametrize("keys", [("x/m", "x/m/y"), ("x/m/y", "x/m")])
+def test_a_name_that_is_a_file_and_a_directory(
+    server: ObjectServer, storage: Storage, tmp_path: Path, keys: tuple[str, str]
+) -> None:
+    server.objects = dict.fromkeys(keys, b"data")
+    assert "is both a file and a directory" in str(refusal(storage, "s3://b/x"))
+    assert left(tmp_path) == []
+
+
+def test_keys_that_lead_elsewhere(server: ObjectServer, storage: Storage, tmp_path: Path) -> None:
+    for key in ("x/../../evil", "x//etc/passwd", "x/./y"):
+        server.objects = {key: b"evil", "x/good": b"good"}
+        assert "/x" in str(refusal(storage, "s3://b/x"))
+        assert left(tmp_path) == []
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_claims_are_directories_and_keep_to_themselves(tmp_path: Path, storage: Storage) -> None:

@@ -225,6 +225,21 @@ def test_what_the_hub_does_not_have_or_tells_otherwise(hub: Hub, tmp_path: Path)
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "sub//evil"])
+def test_names_that_lead_elsewhere(
+    hub: Hub, hadoop: tuple[Hadoop, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(FILES, name, b"evil")
+    hadoop[0].files = {"user/me/m/x": b"evil"}
+    storage = storage_in(tmp_path, default_hdfs={"type": "hdfs", "namenode": hadoop[1]})
+    assert f"file name {name!r} is refused" in str(refusal(storage, "hf://owner/name"))
+    status = Hadoop._status
+    monkeypatch.setattr(Hadoop, "_status", lambda *a: status(a[0], name, b"evil") if a[1] else status(*a))
+    assert f"file name {name!r} is refused" in str(refusal(storage, "hdfs://user/me/m"))
+    assert left(tmp_path) == []
+    assert not list(tmp_path.rglob("evil"))
+
+
 def test_bytes_that_the_hub_says_are_others(hub: Hub, tmp_path: Path) -> None:
     hub.oids["model.onnx"] = "0" * 64
     error = refusal(storage_in(tmp_path), "hf://owner/name")
@@ -336,6 +351,15 @@ def test_hdfs_refusals(hadoop: tuple[Hadoop, str], tmp_path: Path) -> None:
     ):
         assert says in str(refusal(storage, uri, name))
     assert left(tmp_path) == []
+
+
+def test_a_directory_that_is_in_itself(
+    hadoop: tuple[Hadoop, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_in(tmp_path, default_hdfs={"type": "hdfs", "namenode": hadoop[1]})
+    status = Hadoop._status
+    monkeypatch.setattr(Hadoop, "_status", lambda hadoop, name, data: status(hadoop, "", None))
+    assert "the gateway's answer is of another form" in str(refusal(storage, "hdfs://user/me/m"))
 
 
 def test_a_file_that_changes_while_it_is_read(hadoop: tuple[Hadoop, str], tmp_path: Path) -> None:

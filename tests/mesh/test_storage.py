@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
@@ -34,13 +38,24 @@ def settings(tmp_path: Path, server: ObjectServer) -> dict[str, str]:
     return {"storage_config": str(tmp_path / "storage.json"), "cache_dir": str(tmp_path / "cache")}
 
 
-async def register(mesh: Mesh, model_id: str, kind: str, path: str) -> mm.ModelStatusInfo:
-    key = json.dumps({"storage_key": "minio", "storage_params": {"bucket": "b"}})
+KEY = json.dumps({"storage_key": "minio", "storage_params": {"bucket": "b"}})
+
+
+async def register(mesh: Mesh, model_id: str, kind: str, path: str, sha256: str = "") -> mm.ModelStatusInfo:
+    params = {"bucket": "b"} | ({"sha256": sha256} if sha256 else {})
+    key = json.dumps({"storage_key": "minio", "storage_params": params})
     info = mm.ModelInfo(type=kind, path=path, key=key)
     request = mm.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=True, sync=True)
     status = await mesh.clients["a"].call("registerModel", request)
     assert isinstance(status, mm.ModelStatusInfo)
     return status
+
+
+def zipped(name: str, data: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("path", ["s3://b/models/mlp", "s3://b/models/mlp/model.onnx", "models/mlp"])
@@ -66,6 +81,50 @@ async def test_a_failed_fetch_is_told_and_others_serve(tmp_path: Path, server: O
         assert "access is denied (AccessDenied: Access Denied.)" in status.errors[0]
         assert "hidden" not in status.errors[0]
         assert await mesh.infer("good") == "a"
+
+
+@pytest.mark.parametrize(
+    ("path", "sha256", "says"),
+    [
+        ("bad/bomb.zip", "", "bomb.zip unpacks to more than"),
+        ("bad/up.zip", "", "'../up' is refused"),
+        ("bad/cut.zip", "", "cut.zip cannot be unpacked"),
+        ("models/mlp/model.onnx", "0" * 64, "storage_params say 0000"),
+        ("bad/absent", "", "there is no such object"),
+        ("bad/huge.synthetic.json", "", "bytes; this pod holds 100000 bytes"),
+    ],
+)
+async def test_each_bad_input_has_one_clear_status(
+    tmp_path: Path, server: ObjectServer, path: str, sha256: str, says: str
+) -> None:
+    """Issue 5: nothing is half-loaded or left on disk, other models are unaffected."""
+    server.objects["bad/bomb.zip"] = zipped("m", bytes(80 << 20))
+    server.objects["bad/up.zip"] = zipped("../up", b"")
+    server.objects["bad/cut.zip"] = zipped("m", b"data")[:-30]
+    server.objects["bad/huge.synthetic.json"] = bytes(100_001)
+    async with running("a", Loads(), capacity="100000", **settings(tmp_path, server)) as mesh:
+        assert (await register(mesh, "good", "synthetic", "synthetic")).status == Status.LOADED
+        before = sorted((tmp_path / "cache").iterdir())
+        status = await register(mesh, "bad", "synthetic", path, sha256=sha256)
+        assert status.status == Status.LOADING_FAILED
+        assert says in status.errors[0]
+        assert sorted((tmp_path / "cache").iterdir()) == before
+        assert await mesh.infer("good") == "a"
+
+
+async def test_a_store_that_stalls_costs_a_request_its_deadline(tmp_path: Path, server: ObjectServer) -> None:
+    async with running("a", Loads(), **settings(tmp_path, server)) as mesh:
+        assert (await register(mesh, "good", "synthetic", "synthetic")).status == Status.LOADED
+        server.objects["slow/model.synthetic.json"] = b'{"size_bytes": 5000}'
+        server.faults["stall"] = 1
+        info = mm.ModelInfo(type="synthetic", path="slow", key=KEY)
+        await mesh.clients["a"].call("registerModel", mm.RegisterModelRequest(modelId="slow", modelInfo=info))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await mesh.infer("slow", timeout_s=0.5)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert await mesh.infer("good") == "a"
+        server.released.set()
+        assert await mesh.infer("slow") == "a"
 
 
 async def test_files_stay_while_the_model_is_loaded_and_the_cache_is_kept(tmp_path: Path, server: ObjectServer) -> None:
