@@ -24,6 +24,8 @@ class Format:
     """Files that make the directory they lie in one model, e.g. `MLmodel`."""
     runs_code: Mapping[str, str] = field(default_factory=dict)
     """By extension or marker of what can run code of its author: what `--allow-code` must name for it to be loaded."""
+    may_run: str = ""
+    """The same where a name does not tell: the loader looks into it, and refuses what `Artifact.allowed_code` lacks."""
     begins: bytes = b""
     """A regular expression that a file's first bytes match, where names alone do not tell: others have `.json` too."""
 
@@ -52,6 +54,7 @@ LOADERS: Final[dict[str, Format]] = {
         (".skops", ".joblib", ".pkl"),
         runs_code={".joblib": "joblib", ".pkl": "pkl"},
     ),
+    "mlflow": Format("loaders.mlflow:MlflowLoader", markers=("MLmodel",), may_run="mlflow"),
     "python": Format("loaders.python:PythonLoader", markers=("model.py",), runs_code={"model.py": "python"}),
     "xgboost": Format(
         "loaders.xgboost:XgboostLoader",

@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from loaders.base import Artifact
+from loaders.base import Artifact, Signature
 from loaders.isolated.model import IsolatedModel, files_bytes, load, settings_of
 
 _PROCESS_BYTES: Final = 16 << 20
 """A process with numpy, what it shares with others counted in part."""
+_UNTOLD: Final = Signature((), (), platform="python", lenient=True)
 
 
 class PythonLoader:
@@ -36,4 +37,4 @@ class PythonLoader:
         return _PROCESS_BYTES + files_bytes(artifact.path)
 
     def load(self, artifact: Artifact) -> IsolatedModel:
-        return load(settings_of(artifact), artifact, "python", self.estimate_bytes(artifact))
+        return load(settings_of(artifact), artifact, _UNTOLD, self.estimate_bytes(artifact))

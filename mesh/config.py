@@ -32,7 +32,9 @@ DEFAULT_CAPACITY: Final = "2GiB"
 _MAX_PATH_BYTES: Final = 107
 """Of a Unix socket (unix(7), sun_path)."""
 
-_CODE: Final = sorted({name for entry in LOADERS.values() for name in entry.runs_code.values()})
+_CODE: Final = sorted(
+    {name for entry in LOADERS.values() for name in (*entry.runs_code.values(), entry.may_run) if name}
+)
 
 
 def parse_bytes(text: str) -> int:

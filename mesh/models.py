@@ -220,7 +220,9 @@ class Models:
         # What concerns the registration is not told by files that only a load sees.
         parameters = said.parameters_of(format_name)
         settings = settings.over(replace(said.settings, version="", placement={}, parameters=parameters))
-        artifact = Artifact(path, settings.parameters, settings.inputs, settings.outputs, model.model_id)
+        artifact = Artifact(
+            path, settings.parameters, settings.inputs, settings.outputs, model.model_id, self._allowed_code
+        )
         return artifact, settings
 
     def _schema(self, model: ModelRecord, settings: ModelSettings) -> ModelSettings:

@@ -18,6 +18,7 @@ MAX_ID_CHARS: Final = 253
 
 IMPLEMENTATIONS: Final[dict[str, str]] = {
     "mlserver_lightgbm.LightGBMModel": "lightgbm",
+    "mlserver_mlflow.MLflowRuntime": "mlflow",
     "mlserver_sklearn.SKLearnModel": "sklearn",
     "mlserver_xgboost.XGBoostModel": "xgboost",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,15 +51,15 @@ class IsolatedModel:
         self._process.end()
 
 
-def load(settings: Settings, artifact: Artifact, platform: str, estimate: int) -> IsolatedModel:
-    """Start a process that loads the model.
+def load(settings: Settings, artifact: Artifact, own: Signature, estimate: int) -> IsolatedModel:
+    """Start a process that loads the model; `own`: the signature of one that does not tell its own.
 
     Raises:
         LoaderError: with the model's own reason.
     """
     process = Process(settings)
     try:
-        signature = agreed(_told_by(process.told, artifact, platform), artifact)
+        signature = agreed(_told_by(process.told, artifact, own), artifact)
         return IsolatedModel(process, signature, process.resident_bytes or estimate)
     except BaseException:
         process.end()
@@ -120,11 +121,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and "\0" not in value and value.isprintable()
 
 
-def _told_by(told: Mapping[str, Any], artifact: Artifact, platform: str) -> Signature:
-    """What the model's process says of it; what it does not tell is what was declared beside it."""
-    inputs, outputs = _specs("inputs", told.get("inputs")), _specs("outputs", told.get("outputs"))
-    inputs, outputs = inputs or artifact.inputs, outputs or artifact.outputs
-    return Signature(inputs, outputs, platform, lenient=not inputs)
+def _told_by(told: Mapping[str, Any], artifact: Artifact, own: Signature) -> Signature:
+    """What the model's process says of it; what nobody tells is what was declared beside it."""
+    inputs = _specs("inputs", told.get("inputs")) or (() if own.inputs else artifact.inputs)
+    outputs = _specs("outputs", told.get("outputs")) or own.outputs or artifact.outputs
+    return replace(own, inputs=inputs or own.inputs, outputs=outputs, lenient=not inputs)
 
 
 def _specs(field: str, told: Any) -> tuple[TensorSpec, ...]:

@@ -48,7 +48,9 @@ class Settings:
     """The model; the process's working directory."""
     model_id: str
     implementation: str = ""
-    """`module.Class`, `.Class` of `model`, or empty: what `model.py` has."""
+    """`module.Class`, or empty: what `model.py` has."""
+    module: str = ""
+    """The path of a file of ours in place of `model.py`."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Given to the model's own `load`."""
     outputs: tuple[Any, ...] = ()

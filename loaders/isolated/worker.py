@@ -196,7 +196,7 @@ class Model:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """Import and load it."""
-        self._own = _made(settings["implementation"], settings["model_id"])
+        self._own = _made(settings["implementation"], settings["model_id"], settings["module"])
         self.inputs = getattr(self._own, "inputs", None)
         self.outputs = settings["outputs"] or getattr(self._own, "outputs", None)
         load, given = getattr(self._own, "load", None), (os.getcwd(), settings["parameters"])
@@ -223,10 +223,13 @@ class Model:
             _finished(unload())
 
 
-def _made(implementation: str, model_id: str) -> Any:
-    """An object, or a module, with `predict`."""
+def _made(implementation: str, model_id: str, path: str) -> Any:
+    """An object, or a module, with `predict`; `path`: of a file with a class `Model`."""
     from importlib import import_module
+    from runpy import run_path
 
+    if path:
+        return run_path(path)["Model"]()
     module_name, _, name = implementation.rpartition(".")
     module = import_module(module_name or "model")
     if name:

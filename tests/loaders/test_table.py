@@ -17,6 +17,7 @@ FRAMEWORKS = {
     "xgboost": "xgboost",
     "lightgbm": "lightgbm",
     "huggingface": "torch",
+    "mlflow": "yaml",
 }
 
 
