@@ -1,5 +1,5 @@
-"""A pyfunc of MLflow as a model of `loaders.isolated.worker`, which reads this file by its path: its Python needs numpy,
-pandas and mlflow, and nothing of ours."""
+"""A pyfunc of MLflow as a model of `loaders.isolated.worker`, which reads this file by its path: its Python needs
+numpy, pandas and mlflow, and nothing of ours."""
 
 from __future__ import annotations
 

@@ -55,10 +55,23 @@ def lightgbm_classifier(folder: Path) -> tuple[Array, Answers]:
     return rows[:40], {"predict": np.asarray(model.booster_.predict(rows[:40]))}
 
 
+def mlflow_classifier(folder: Path) -> tuple[Array, Answers]:
+    import skops.io
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    rows, labels = load_breast_cancer(return_X_y=True)
+    model = LinearDiscriminantAnalysis().fit(rows, labels)
+    skops.io.dump(model, folder / "model.skops")
+    flavor = "{pickled_model: model.skops, serialization_format: skops}"  # as mlflow.sklearn.save_model has it
+    (folder / "MLmodel").write_text(f"flavors:\n  sklearn: {flavor}\n  python_function: {{}}\n")
+    return rows[:40], {"predict": model.predict(rows[:40]), "predict_proba": model.predict_proba(rows[:40])}
+
+
 FORMATS: Final[dict[str, tuple[str, str, Callable[[Path], tuple[Array, Answers]]]]] = {
     "xgboost_classifier": ("xgboost", "mlserver_xgboost.XGBoostModel", xgboost_classifier),
     "xgboost_regressor": ("xgboost", "", xgboost_regressor),
     "lightgbm_classifier": ("lightgbm", "mlserver_lightgbm.LightGBMModel", lightgbm_classifier),
+    "mlflow_classifier": ("mlflow", "mlserver_mlflow.MLflowRuntime", mlflow_classifier),
 }
 """By model: its format, MLServer's implementation of it if any, and what makes it."""
 
