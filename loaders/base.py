@@ -67,7 +67,6 @@ class Signature:
     itself (scikit-learn: KServe's clients say `input-0`, MLServer's `predict`; TorchScript: the file does not say).
     With several `inputs` it takes either such a single one that has them all for columns, or each under its name.
     `inputs` and the datatypes and shapes of `outputs` are then only a hint: an answer is encoded by its own dtype.
-    Several `inputs`: it takes them by name, or one in place of all, and checks them itself.
     No `inputs` at all: it does not tell what it takes, and is handed whatever comes, under its own names."""
     default_outputs: tuple[str, ...] = ()
     """Names answered to a client that asks for none; empty: all of `outputs`."""

@@ -78,7 +78,8 @@ class MlflowLoader:
         if (native := _native(described, artifact)) is not None:
             try:
                 model = loader_for(native[0]).load(native[1])
-                return ColumnsModel(model, inputs) if len(inputs) > 1 and native[0] != "onnx" else model
+                takes_one = native[0] != "onnx" and len(model.signature.inputs) == 1
+                return ColumnsModel(model, inputs) if takes_one and len(inputs) > 1 else model
             except LoaderError as error:
                 if error.retryable or "mlflow" not in artifact.allowed_code:
                     raise
@@ -141,8 +142,8 @@ def _native(described: Mapping[str, Any], artifact: Artifact) -> tuple[str, Arti
             continue
         if not (path / name).resolve().is_relative_to(path.resolve()):
             raise LoaderError(f"MLmodel: {name!r} of flavor {flavor} leads out of {path.name}")
-        if flavor != "onnx" and any(spec.datatype == "BYTES" for spec in _specs(described, "inputs")):
-            continue  # columns of text, which take a DataFrame
+        if flavor in ("xgboost", "lightgbm") and any(spec.datatype == "BYTES" for spec in _specs(described, "inputs")):
+            continue  # categories by their names, which only a DataFrame has
         own = {name: value for name, value in artifact.parameters.items() if name not in OURS}
         return flavor, replace(artifact, path=path / name, parameters=own)
     return None
