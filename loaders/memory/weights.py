@@ -15,23 +15,21 @@ since it got its name by a rename, and never changed afterwards: that is what ma
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
-import numpy as np
 from cachetools import LRUCache
 
 from loaders.base import LoaderError, Tensor
 from loaders.memory.arrays import Run, raw_bytes, views, weight_datatype
 from loaders.memory.layout import MAX_TENSORS, Layout, Place, Placing
+from loaders.memory.mapping import map_file, populate
 from loaders.memory.weights_index import MAX_ARCHITECTURE_CHARS, MAX_INDEX_BYTES, Contents, parsed, told
 from loaders.memory.weights_index import CorruptWeights as CorruptWeights
 
@@ -39,7 +37,6 @@ EXTENSION: Final = ".weights"
 DATA_START: Final = 4096
 
 _MAGIC: Final = b"densemw1"
-_MADV_POPULATE_READ: Final = 22
 _POPULATED_BYTES: Final = 256 << 10
 _HEAD: Final = struct.Struct("<8sQQQ32s")
 
@@ -116,6 +113,7 @@ class WeightsFile:
             CorruptWeights: naming the field and what was expected.
         """
         self.path = path
+        self._mapped: Run | None = None
         with _reading(path):
             self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -138,21 +136,20 @@ class WeightsFile:
     def layout(self) -> Layout:
         return self.contents.layout
 
-    @cached_property
+    @property
     def run(self) -> Run:
         """All tensors' bytes, mapped and read-only. They stay mapped as long as any view of them is held.
 
         Raises:
             LoaderError: it cannot be mapped; retryable.
         """
-        if not self.layout.size_bytes:
-            return np.empty(0, np.uint8)
-        return np.frombuffer(self._mapped, np.uint8, offset=DATA_START)
+        return self._map()[DATA_START:]
 
-    @cached_property
-    def _mapped(self) -> mmap.mmap:
-        with _reading(self.path):
-            return mmap.mmap(self._number, DATA_START + self.layout.size_bytes, access=mmap.ACCESS_READ)
+    def _map(self) -> Run:
+        if self._mapped is None:
+            with _reading(self.path):
+                self._mapped = map_file(self._number, DATA_START + self.layout.size_bytes)
+        return self._mapped
 
     def populate(self) -> None:
         """Have all of it mapped at once: 1 to 5 ms for 440 MB that are in the system's cache, where the page faults of
@@ -163,8 +160,7 @@ class WeightsFile:
             LoaderError: it cannot be mapped; retryable.
         """
         if self.layout.size_bytes >= _POPULATED_BYTES:
-            with suppress(OSError):  # a kernel older than 5.14: the first pass faults
-                self._mapped.madvise(_MADV_POPULATE_READ)
+            populate(self._map())
 
     def views(self) -> dict[str, Tensor]:
         """The tensors by name in order of execution, read-only, over the mapped file: no byte is read yet.

@@ -100,7 +100,7 @@ def serve(context: click.Context, /, config_file: Path | None, **settings: Any) 
 
 
 def _allow_files() -> None:
-    """As many as may be open: a mapped model holds two or three, a client's connection one."""
+    """As many as may be open: a model that has files holds one or two of them, a client's connection one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

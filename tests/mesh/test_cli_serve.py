@@ -232,7 +232,7 @@ def test_an_unknown_command() -> None:
 
 
 def test_as_many_files_may_be_open_as_the_system_allows(started: list[subprocess.Popen[str]]) -> None:
-    """Mapped models hold two or three each: a thousand of them are more than the usual soft limit."""
+    """Models hold one or two each: a thousand of them are more than the usual soft limit."""
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(few, 256), most))
     try:
