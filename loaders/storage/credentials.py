@@ -78,10 +78,7 @@ def _parsed(where: str, path: Path) -> Any:
 def _checked(key: str, said: Any) -> dict[str, Any]:
     where = f"storage key {key!r}"
     if isinstance(said, str):  # one JSON file that was made of a secret: the values are JSON texts
-        try:
-            said = json.loads(said)
-        except (ValueError, RecursionError):
-            said = None
+        said = _object_in(said)
     if not isinstance(said, dict):
         raise LoaderError(f"{where} is not a JSON object")
     settings: dict[str, Any] = {}
@@ -96,6 +93,8 @@ def _checked(key: str, said: Any) -> dict[str, Any]:
             settings[name] = _flag(where, name, said[name])
     headers = said.get("headers")
     if headers is not None:
+        if isinstance(headers, str):  # as KServe's secrets for HDFS and the web have it
+            headers = _object_in(headers)
         if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
             raise LoaderError(f"{where}: headers is not an object of strings")
         settings["headers"] = headers
@@ -109,6 +108,14 @@ def _checked(key: str, said: Any) -> dict[str, Any]:
         except (OSError, ValueError):
             raise LoaderError(f"{where}: the file ca_bundle cannot be read", retryable=True) from None
     return settings
+
+
+def _object_in(text: str) -> Any:
+    """What a JSON text says; None: it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _flag(where: str, name: str, value: Any) -> bool:

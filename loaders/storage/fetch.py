@@ -81,10 +81,12 @@ def fetch(
             files = [_File(store, entry, inside(folder, entry.name), sha256.get(entry.name, "")) for entry in entries]
             try:
                 _all(pool, [_reading(store, *each, halted, stopped) for each in _parts(files)])
+                _all(pool, [file.check for file in files])
             except RangesNotSupported:
+                pool.shutdown(cancel_futures=True)
                 for file in files:
                     _retried(lambda file=file: _stream(store, file, halted), stopped)  # type: ignore[misc]
-            _all(pool, [file.check for file in files])
+                    file.check()
         finally:
             failed.set()
             pool.shutdown(cancel_futures=True)

@@ -108,6 +108,7 @@ def open_hub(place: str, settings: Mapping[str, Any]) -> Hub:
     """The hub of the storage key with its token, or that of `HF_ENDPOINT` with `HF_TOKEN`: the environment's token does
     not go to a hub that a storage key names."""
     if settings.get("endpoint_url"):
-        return Hub(settings["endpoint_url"].rstrip("/"), place, settings, settings.get("token", ""))
+        return Hub(settings["endpoint_url"].rstrip("/"), place, settings, settings.get("token", "").strip())
     endpoint = (os.environ.get("HF_ENDPOINT") or _ENDPOINT).rstrip("/")
-    return Hub(endpoint, place, settings, settings.get("token") or os.environ.get("HF_TOKEN", ""))
+    token: str = settings.get("token") or os.environ.get("HF_TOKEN", "")
+    return Hub(endpoint, place, settings, token.strip())

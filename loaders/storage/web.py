@@ -37,16 +37,18 @@ class Web:
         """
         self._name = name
         self._headers = headers
-        context = ssl.create_default_context(cadata=settings.get("certificate"))
-        if not settings.get("verify_ssl", True):
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if any(mark in value for value in headers.values() for mark in "\r\n"):
+            raise LoaderError(f"{name}: a line break in a header or a token")
         try:
+            context = ssl.create_default_context(cadata=settings.get("certificate"))
+            if not settings.get("verify_ssl", True):
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             if settings.get("tls_ca"):
                 context.load_verify_locations(settings["tls_ca"])
             if settings.get("tls_cert"):
                 context.load_cert_chain(settings["tls_cert"], settings.get("tls_key"))
-        except (OSError, ssl.SSLError) as error:
-            raise LoaderError(f"{name}: tls_ca, tls_cert or tls_key cannot be used: {error.strerror}") from None
+        except OSError as error:  # SSLError is one
+            raise LoaderError(f"{name}: a certificate, tls_ca, tls_cert or tls_key cannot be used: {error}") from None
         self._opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler(),

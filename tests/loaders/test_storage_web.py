@@ -314,7 +314,8 @@ def test_hdfs_through_webhdfs(hadoop: tuple[Hadoop, str], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", ["hdfs://user/me/m", "webhdfs://user/me/m", "hdfs://127.0.0.1:8020/user/me/m", "m"])
 def test_a_storage_key_as_kserve_writes_it(hadoop: tuple[Hadoop, str], tmp_path: Path, path: str) -> None:
-    key = {"type": "hdfs", "namenode": hadoop[1], "headers": {"X-Gateway": SECRET}, "user_proxy": "me", "user": "svc"}
+    key = {"type": "hdfs", "namenode": hadoop[1], "headers": json.dumps({"X-Gateway": SECRET})}
+    key |= {"user_proxy": "me", "user": "svc"}
     storage = storage_in(tmp_path, hadoop=key | ({"rootpath": "/user/me"} if path == "m" else {}))
     assert files_of(storage.hold(path, "hadoop", {})) == FILES
     assert all(asked.headers["x-gateway"] == SECRET for asked in hadoop[0].seen)
@@ -331,12 +332,14 @@ def test_the_namenode_that_is_active(hadoop: tuple[Hadoop, str], tmp_path: Path)
 
 
 def test_hdfs_refusals(hadoop: tuple[Hadoop, str], tmp_path: Path) -> None:
-    key = {"type": "hdfs", "namenode": hadoop[1], "token": SECRET}
-    keys = {
+    key: dict[str, Any] = {"type": "hdfs", "namenode": hadoop[1], "token": SECRET}
+    keys: dict[str, dict[str, Any]] = {
         "hadoop": key,
         "nobody": key | {"user": "nobody"},
         "kerberos": key | {"kerberos_principal": "me@REALM"},
         "tls": key | {"tls_cert": "/nowhere.pem"},
+        "pem": key | {"certificate": "no certificate"},
+        "line": key | {"headers": {"X-Gateway": f"{SECRET}\nX-Other: y"}},
         "bad": {"type": "hdfs", "namenode": "host:9870"},
     }
     storage = storage_in(tmp_path, **keys)
@@ -345,7 +348,9 @@ def test_hdfs_refusals(hadoop: tuple[Hadoop, str], tmp_path: Path) -> None:
         ("hdfs://user/me/absent", "hadoop", "there is no such object, nor any under user/me/absent/"),
         ("hdfs://other:9870/m", "hadoop", "the storage key is for another namenode"),
         ("hdfs://m", "kerberos", "kerberos_principal is not supported"),
-        ("hdfs://m", "tls", "tls_ca, tls_cert or tls_key cannot be used: No such file or directory"),
+        ("hdfs://m", "tls", "tls_cert or tls_key cannot be used: [Errno 2] No such file or directory"),
+        ("hdfs://m", "pem", "a certificate, tls_ca"),
+        ("hdfs://m", "line", "a line break in a header or a token"),
         ("hdfs://m", "bad", "expected a namenode of URLs that start with http:// or https://"),
         ("hdfs://host:8020/m", "", "expected a storage key with a namenode, or webhdfs://host:port/path"),
     ):
