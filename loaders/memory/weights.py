@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
+import numpy as np
 from cachetools import LRUCache
 
 from loaders.base import LoaderError, Tensor
@@ -37,6 +38,7 @@ EXTENSION: Final = ".weights"
 DATA_START: Final = 4096
 
 _MAGIC: Final = b"densemw1"
+_MAPPED_BYTES: Final = 64 << 10
 _POPULATED_BYTES: Final = 256 << 10
 _HEAD: Final = struct.Struct("<8sQQQ32s")
 
@@ -113,7 +115,7 @@ class WeightsFile:
             CorruptWeights: naming the field and what was expected.
         """
         self.path = path
-        self._mapped: Run | None = None
+        self._run: Run | None = None
         with _reading(path):
             self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -138,29 +140,30 @@ class WeightsFile:
 
     @property
     def run(self) -> Run:
-        """All tensors' bytes, mapped and read-only. They stay mapped as long as any view of them is held.
+        """All tensors' bytes, read-only: mapped, for as long as any view of them is held; read, if they are few.
 
         Raises:
-            LoaderError: it cannot be mapped; retryable.
+            LoaderError: they cannot be mapped or read; retryable.
         """
-        return self._map()[DATA_START:]
-
-    def _map(self) -> Run:
-        if self._mapped is None:
+        if self._run is None:
+            size_bytes = self.layout.size_bytes
             with _reading(self.path):
-                self._mapped = map_file(self._number, DATA_START + self.layout.size_bytes)
-        return self._mapped
+                if size_bytes >= _MAPPED_BYTES:
+                    self._run = map_file(self._number, DATA_START + size_bytes)[DATA_START:]
+                else:
+                    self._run = np.frombuffer(os.pread(self._number, size_bytes, DATA_START), np.uint8)
+        return self._run
 
     def populate(self) -> None:
-        """Have all of it mapped at once: 1 to 5 ms for 440 MB that are in the system's cache, where the page faults of
-        a first pass take 9; what is not there is read as fast as the disk gives (2 GB/s, where faults got 0.7). Small
-        files are left to faults: asking costs 20 us.
+        """Have all that is mapped read in at once: 1 to 5 ms for 440 MB that are in the system's cache, where the page
+        faults of a first pass take 9; what is not there is read as fast as the disk gives (2 GB/s, where faults got
+        0.7).
 
         Raises:
-            LoaderError: it cannot be mapped; retryable.
+            LoaderError: see `run`.
         """
-        if self.layout.size_bytes >= _POPULATED_BYTES:
-            populate(self._map())
+        if self.layout.size_bytes >= _POPULATED_BYTES:  # asking costs 20 us
+            populate(self.run)
 
     def views(self) -> dict[str, Tensor]:
         """The tensors by name in order of execution, read-only, over the mapped file: no byte is read yet.
