@@ -69,8 +69,7 @@ class Arena:
             return []
         if ends[-1] > self.free_bytes:
             return None
-        whole = self.allocate(ends[-1])
-        return [whole] if whole else self._in_order(ends) or self._largest_first(ends)
+        return self._in_order(ends) or self._largest_first(ends)
 
     def split(self, offset: int, first_bytes: int) -> None:
         """One piece becomes two, that can be freed one by one."""

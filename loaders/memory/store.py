@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, Protocol
 
@@ -22,7 +21,7 @@ from loaders.base import LoaderError
 from loaders.memory.dedup import Catalogue, Known, ModelKey, Part
 from loaders.memory.device import CopyFailed, Copying, Device, DeviceLost, Move, placed
 from loaders.memory.slots import Slot, Slots
-from loaders.memory.tier import Resident, Rows, Tier, Usage, moves_between, moves_of, rows_of
+from loaders.memory.tier import Filling, Resident, Rows, Tier, Usage, moves_between, moves_of, rows_of
 from loaders.memory.weights_index import Contents, CorruptWeights
 
 BUFFER_BYTES: Final = 16 << 20
@@ -69,6 +68,7 @@ class Store:
         self.slots = Slots(device.views)
         self._port = device
         self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
         self._catalogue = Catalogue(self._cut)
         self._buffer_bytes = buffer_bytes
         self._buffers = (host_bytes, host_bytes + buffer_bytes)
@@ -247,7 +247,7 @@ class Store:
     @contextmanager
     def _arriving(self, key: ModelKey, contents: Contents, target: Tier) -> Iterator[tuple[Resident, Rows]]:
         """A model on its way into a tier: its place, and the rows of its run that the block must bring there."""
-        filling: Future[None] = Future()
+        filling = Filling()
         with self._lock:
             if target is self.device:
                 self._check()
@@ -268,21 +268,30 @@ class Store:
             with self._lock:
                 for part in missing:
                     target.parts[part].filling = None
-            filling.set_result(None)
-            _wait_for(others)
-            resident.here = True
+                filling.ended = True
+                self._arrived.notify_all()
+                self._wait_for(others)
+                resident.here = True
         except BaseException as error:
             with self._lock:
                 if isinstance(error, DeviceLost):
                     self.lost = self.lost or str(error)
                 self._leave(key, target)
-            if not filling.done():
-                filling.set_exception(error)
+                if not filling.ended:
+                    filling.ended, filling.error = True, error
+                    self._arrived.notify_all()
             raise
         finally:
             with self._lock:
                 for part in parts:
                     part.transfers -= 1
+
+    def _wait_for(self, others: Iterable[Filling | None]) -> None:
+        """For what other transfers bring of a model."""
+        for other in filter(None, others):
+            self._arrived.wait_for(lambda other=other: other.ended)  # type: ignore[misc]
+            if other.error is not None:
+                raise CopyFailed(f"bytes that it shares with another model did not arrive: {other.error}")
 
     def _here(self, key: ModelKey, tier: Tier) -> Resident:
         resident = tier.models.get(key)
@@ -304,12 +313,3 @@ class Store:
     def _check(self) -> None:
         if self.lost:
             raise DeviceLost(self.lost)
-
-
-def _wait_for(others: Sequence[Future[None]] | set[Future[None] | None]) -> None:
-    """For what other transfers bring of a model."""
-    for other in filter(None, others):
-        try:
-            other.result()
-        except BaseException as error:
-            raise CopyFailed(f"bytes that it shares with another model did not arrive: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -27,6 +26,14 @@ class TooLarge(LoaderError):
 
 
 @dataclass(eq=False, slots=True)
+class Filling:
+    """A transfer that brings parts which others may wait for."""
+
+    ended: bool = False
+    error: BaseException | None = None
+
+
+@dataclass(eq=False, slots=True)
 class Stored:
     """A part in a tier."""
 
@@ -34,7 +41,7 @@ class Stored:
     """In the order of the part's bytes."""
     models: dict[ModelKey, None] = field(default_factory=dict)
     """Who uses it here; the first is charged for it."""
-    filling: Future[None] | None = None
+    filling: Filling | None = None
     """Its bytes are on their way."""
 
 
@@ -73,7 +80,7 @@ class Tier:
         self.models: dict[ModelKey, Resident] = {}
         self.parts: dict[Part, Stored] = {}
 
-    def place(self, known: Known, filling: Future[None]) -> tuple[Resident, list[Part]]:
+    def place(self, known: Known, filling: Filling) -> tuple[Resident, list[Part]]:
         """Take room for what of a model is not here yet; those parts.
 
         Raises:
@@ -130,13 +137,12 @@ class Tier:
         )
 
     def _allocated(self, missing: Sequence[Part], known: Known) -> list[list[Extent]]:
-        ends = list(accumulate(unit.size_bytes for part in missing for unit in part.units))
-        extents = self.arena.allocate_cut(ends)
+        needed, arena = sum(part.size_bytes for part in missing), self.arena
+        whole = arena.allocate(needed) if needed else None
+        extents = [whole] if whole else arena.allocate_cut(list(accumulate(_unit_sizes(missing))))
         if extents is None:
-            needed, arena = ends[-1], self.arena
-            if known.layout.size_bytes > arena.capacity_bytes:
-                whole = known.layout.size_bytes
-                raise TooLarge(f"it takes {whole} bytes, and the {self.name}'s memory has {arena.capacity_bytes}")
+            if (in_all := known.layout.size_bytes) > arena.capacity_bytes:
+                raise TooLarge(f"it takes {in_all} bytes, and the {self.name}'s memory has {arena.capacity_bytes}")
             raise NoRoom(
                 f"it takes {needed} bytes more, but {arena.free_bytes} of the {self.name}'s memory are free, "
                 f"{arena.largest_hole_bytes} of them in a row"
@@ -174,6 +180,10 @@ class Tier:
                 done += size_bytes
         if done:
             yield span
+
+
+def _unit_sizes(parts: Iterable[Part]) -> Iterator[int]:
+    return (unit.size_bytes for part in parts for unit in part.units)
 
 
 Rows = Sequence[tuple[int, int]]
