@@ -21,6 +21,7 @@ from loaders.artifacts import agreed, parameters, reading
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
 from loaders.matrix import matrix
 from loaders.memory.process import Change
+from loaders.tree_files import check_lightgbm
 
 try:
     import lightgbm
@@ -55,6 +56,10 @@ class LightgbmLoader:
         estimate = self.estimate_bytes(artifact)
         with reading(path):
             content = path.read_bytes()
+        try:
+            content = check_lightgbm(content)
+        except ValueError as error:
+            raise LoaderError(f"{path.name} is no whole LightGBM model: {error}") from error
         with Change() as change:
             try:
                 booster = lightgbm.Booster(model_str=content.decode())

@@ -21,7 +21,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, T
 from loaders.datatypes import datatype_of
 from loaders.matrix import matrix
 from loaders.memory.process import Change
+from loaders.tree_files import check_xgboost
+from loaders.ubjson import parsed
 
 try:
     import xgboost
@@ -62,11 +64,15 @@ class XgboostLoader:
         path = artifact.path
         estimate = self.estimate_bytes(artifact)
         with reading(path):
-            content = bytearray(path.read_bytes())
+            content = path.read_bytes()
+        try:
+            check_xgboost(json.loads(content, object_pairs_hook=_unique) if content[:2] == b'{"' else parsed(content))
+        except (ValueError, RecursionError) as error:
+            raise LoaderError(f"{path.name} is no whole XGBoost model: {error}") from error
         with Change() as change:
             try:
                 with xgboost.config_context(nthread=1):  # the booster's own limit comes after its trees were read
-                    booster = xgboost.Booster({"nthread": 1}, model_file=content)
+                    booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(content))
                 del content
                 model = XgboostModel(booster, artifact)
             except LoaderError:
@@ -143,6 +149,12 @@ class XgboostModel:
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         return scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(members)) != len(members):
+        raise ValueError("it has a name twice")
+    return found
 
 
 def _reason(error: Exception) -> str:

@@ -108,6 +108,36 @@ def test_what_is_no_row_is_the_clients_fault(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("extension", [".txt", ".bst"])
+def test_a_damaged_or_missing_file_is_refused(tmp_path: Path, booster: lightgbm.Booster, extension: str) -> None:
+    # LightGBM itself aborts the process on nearly every file that is cut off
+    path = saved(booster, tmp_path, extension).path
+    whole = path.read_bytes()
+    end = whole.index(b"end of trees")
+    for content in (b"", b"junk" * 100, b"\xff" * 100, *(whole[: end * i // 9] for i in range(1, 10))):
+        path.write_bytes(content)
+        with pytest.raises(LoaderError, match=f"model{extension} ") as refusal:
+            LOADER.load(Artifact(path))
+        assert "\n" not in str(refusal.value)
+    path.unlink()
+    with pytest.raises(LoaderError, match="does not exist") as refusal:
+        LOADER.load(Artifact(path))
+    assert refusal.value.retryable
+
+
+@pytest.mark.parametrize("name", ["left_child", "right_child", "split_feature", "leaf_value", "threshold"])
+def test_node_numbers_that_lead_nowhere_are_refused(tmp_path: Path, booster: lightgbm.Booster, name: str) -> None:
+    path = saved(booster, tmp_path).path
+    lines = path.read_text().replace("\r", "").split("\n")
+    at = [index for index, line in enumerate(lines) if line.startswith(f"{name}=")][3]
+    values = lines[at].split(" ")
+    for last in ("9" * len(values[-1]), " " * len(values[-1])):
+        lines[at] = " ".join([*values[:-1], last]) if name.startswith(("left", "right", "split")) else f"{name}="
+        path.write_text("\n".join(lines))
+        with pytest.raises(LoaderError, match=r"model.txt is no whole LightGBM model: "):
+            LOADER.load(Artifact(path))
+
+
 def test_files_of_other_formats_are_told_apart(tmp_path: Path, booster: lightgbm.Booster) -> None:
     none: frozenset[str] = frozenset()
     (tmp_path / "README.txt").write_text("a forest")
@@ -139,8 +169,8 @@ print((malloc_bytes() - before) / 8, kept[0].size_bytes, loader.estimate_bytes(a
 """
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True, timeout=60)
     taken, size, estimate = map(float, done.stdout.split())
-    assert size == pytest.approx(taken, rel=0.25)
-    assert estimate == pytest.approx(taken, rel=0.25)
+    assert size == pytest.approx(taken, rel=0.25, abs=10_000)
+    assert estimate == pytest.approx(taken, rel=0.25, abs=10_000)
 
 
 def test_loads_and_requests_in_fresh_threads_start_no_openmp_team(tmp_path: Path, booster: lightgbm.Booster) -> None:

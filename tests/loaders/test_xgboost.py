@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,6 +139,38 @@ def test_what_is_no_row_is_the_clients_fault(
     assert refusal.value.bad_input
 
 
+@pytest.mark.parametrize("extension", [".ubj", ".json", ".bst"])
+def test_a_damaged_or_missing_file_is_refused(
+    tmp_path: Path, classifier: xgboost.XGBClassifier, extension: str
+) -> None:
+    path = saved(classifier, tmp_path, extension).path
+    whole = path.read_bytes()
+    for content in (b"", b"junk" * 100, whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(LoaderError, match=f"model{extension} ") as refusal:
+            LOADER.load(Artifact(path))
+        assert "\n" not in str(refusal.value)
+    path.unlink()
+    with pytest.raises(LoaderError, match="does not exist") as refusal:
+        LOADER.load(Artifact(path))
+    assert refusal.value.retryable
+
+
+def test_node_numbers_that_lead_nowhere_are_refused(
+    tmp_path: Path, classifier: xgboost.XGBClassifier, digits: tuple[Tensor, Tensor]
+) -> None:
+    # XGBoost follows them: each of these ends the process while it loads or predicts, or never ends
+    path = saved(classifier, tmp_path, ".json").path
+    whole = path.read_text()
+    assert LOADER.load(Artifact(path))
+    for name, wrong in (("left_children", 0), ("right_children", 99), ("split_indices", 1 << 20), ("parents", 77)):
+        model = json.loads(whole)
+        model["learner"]["gradient_booster"]["model"]["trees"][3][name][1] = wrong
+        path.write_text(json.dumps(model))
+        with pytest.raises(LoaderError, match=r"model.json is no whole XGBoost model: its \w+ cannot be right"):
+            LOADER.load(Artifact(path))
+
+
 def test_files_of_other_formats_are_told_apart(tmp_path: Path, classifier: xgboost.XGBClassifier) -> None:
     none: frozenset[str] = frozenset()
     settings, mine = tmp_path / "model-settings.json", saved(classifier, tmp_path, ".bst").path
@@ -171,8 +204,8 @@ print((malloc_bytes() - before) / 8, kept[0].size_bytes, loader.estimate_bytes(a
 """
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True, timeout=60)
     taken, size, estimate = map(float, done.stdout.split())
-    assert size == pytest.approx(taken, rel=0.25)
-    assert estimate == pytest.approx(taken, rel=0.25)
+    assert size == pytest.approx(taken, rel=0.25, abs=10_000)
+    assert estimate == pytest.approx(taken, rel=0.25, abs=10_000)
 
 
 def test_loads_and_requests_in_fresh_threads_start_no_openmp_team(
