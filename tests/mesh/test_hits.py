@@ -193,6 +193,7 @@ class Picky:
 
     signature = Signature((TensorSpec("x", "FP32", (-1, 1)),), (TensorSpec("y", "FP32", (-1, 1)),), "test")
     size_bytes = 1
+    waits = 0
 
     def __init__(self) -> None:
         self.runs: list[int] = []
