@@ -128,7 +128,7 @@ def _let_forest_vote(graph: onnx.GraphProto, node: onnx.NodeProto, forest: Any) 
     places = zip(told["class_treeids"], told["class_nodeids"], told["class_ids"], strict=True)
     if is_binary:  # the sign of the difference decides, unless all are positive
         votes = [shares[tree][leaf][1] - shares[tree][leaf][0] for tree, leaf, _ in places]
-        if set(told["class_ids"]) != {1} or min(votes) >= 0:
+        if len(set(told["class_ids"])) != 1 or min(votes) >= 0:
             return
     else:
         votes = [shares[tree][leaf][label] for tree, leaf, label in places]

@@ -77,7 +77,7 @@ def test_classifiers_answer_as_before(both: Callable[[Any], Both], estimator: An
         np.testing.assert_allclose(found["predict_proba"], expected["predict_proba"], atol=1e-6)
 
 
-@pytest.mark.parametrize("trees", [4, 7, 10])
+@pytest.mark.parametrize("trees", [7, 10, 20, 50])
 def test_ties_of_two_classes_go_as_before(both: Callable[[Any], Both], trees: int) -> None:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((2000, 3))
