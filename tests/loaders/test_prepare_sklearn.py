@@ -3,13 +3,15 @@ predictions; MLServer's pandas codec and KServe's named inputs for columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
+import pandas
 import pytest
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_diabetes, load_wine
 from sklearn.ensemble import (
     GradientBoostingRegressor,
@@ -17,10 +19,11 @@ from sklearn.ensemble import (
     RandomForestClassifier,
     RandomForestRegressor,
 )
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 
 from loaders.base import Artifact, InferError, LoadedModel, Tensor
@@ -118,13 +121,13 @@ def test_regressors_answer_as_before(both: Callable[[Any], Both], estimator: Any
 def test_what_one_refuses_the_other_does(both: Callable[[Any], Both], estimator: Any, tensor: Tensor) -> None:
     rows, classes = load_wine(return_X_y=True)
     own, converted = both(estimator.fit(rows, classes))
-    assert _said(converted, tensor) == _said(own, tensor)
+    assert _said(converted, {"x": tensor}) == _said(own, {"x": tensor})
 
 
-def _said(model: LoadedModel, tensor: Tensor) -> list[Any] | bool:
+def _said(model: LoadedModel, request: Mapping[str, Tensor]) -> list[Any] | bool:
     """A prediction, or that the client is to blame for there being none."""
     try:
-        return [each.tolist() for each in model.infer({"x": tensor}, ["predict"]).values()]
+        return [each.tolist() for each in model.infer(request, ["predict"]).values()]
     except InferError as error:
         return error.bad_input
 
@@ -160,3 +163,53 @@ def test_a_damaged_graph_or_description_is_told(tmp_path: Path, both: Callable[[
                 ConvertedLoader().load(Artifact(folder))
         path.write_bytes(whole)
     assert ConvertedLoader().load(Artifact(folder)).signature.platform == "sklearn"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "final"),
+    [
+        (OneHotEncoder(handle_unknown="ignore"), LogisticRegression()),
+        (OneHotEncoder(), RandomForestClassifier(10, random_state=0)),
+        (make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore")), SVC()),
+    ],
+    ids=["unknown ignored", "unknown refused", "imputed"],
+)
+def test_columns_of_a_data_frame(both: Callable[[Any], Both], encoder: Any, final: Any) -> None:
+    people, plans = census()
+    columns = ColumnTransformer([("numbers", StandardScaler(), ["age", "income"]), ("strings", encoder, ["city"])])
+    own, converted = both(make_pipeline(columns, final).fit(people, plans))
+    for model in (own, converted):
+        assert [(spec.name, spec.datatype, spec.shape) for spec in model.signature.inputs] == [
+            ("age", "FP64", (-1, 1)),
+            ("income", "FP64", (-1, 1)),
+            ("city", "BYTES", (-1, 1)),
+        ]
+    expected = own.estimator.predict(people)  # type: ignore[attr-defined]
+    by_name = {  # pandas codec: any datatype, [n] or [n, 1], in any order
+        "city": np.array([city.encode() for city in people["city"]], object).reshape(-1, 1),
+        "age": people["age"].to_numpy(np.int64),
+        "income": people["income"].to_numpy(),
+    }
+    together = np.array([[str(value).encode() for value in row] for row in people.to_numpy(object)], object)
+    unknown = {**by_name, "city": np.full(len(people), b"Atlantis", object)}
+    for model in (own, converted):
+        for request in (by_name, {"input-0": together}):
+            np.testing.assert_array_equal(model.infer(request, ["predict"])["predict"], expected.astype("S"))
+        for wrong, says in (
+            ({"age": by_name["age"], "city": by_name["city"]}, "takes the columns age, income, city, got age, city"),
+            ({**by_name, "age": by_name["age"][:3]}, "as many rows as the others"),
+            ({**by_name, "income": by_name["city"]}, "could not convert string"),
+        ):
+            with pytest.raises(InferError, match=says) as refusal:
+                model.infer(wrong, ["predict"])
+            assert refusal.value.bad_input
+    assert _said(own, unknown) == _said(converted, unknown)
+
+
+def census() -> tuple[pandas.DataFrame, Tensor]:
+    """People and the plan that they have."""
+    rng = np.random.default_rng(0)
+    age = rng.integers(18, 80, 200)
+    city = rng.choice(["Bern", "Zürich", "Genf"], 200)
+    people = pandas.DataFrame({"age": age, "income": rng.normal(3e4, 1e4, 200), "city": city})
+    return people, np.where((age > 40) ^ (city == "Bern"), "basic", "premium")
