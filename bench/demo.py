@@ -101,6 +101,7 @@ async def exercise(settings: Settings, tenants: Sequence[Tenant], directory: Pat
     )
     flags = {
         "capacity": str(capacity_bytes),
+        "cache_dir": str(directory / "cache"),
         "allow_code": "pt2" if settings.torch else "",
         "preload": ",".join(sorted({tenant.format for tenant in tenants})),
     }

@@ -12,6 +12,15 @@ from mesh.local_etcd import LocalEtcd
 from tests.mesh.pods import Loads, watch_loads
 
 
+@pytest.fixture(scope="session", autouse=True)
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Pods leave the user's cache alone, and prepare no models unless told to, so that tests know what is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DENSEMESH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DENSEMESH_PREPARE", "false")
+        yield
+
+
 @pytest.fixture(scope="session")
 def etcd() -> Iterator[LocalEtcd]:
     """A running etcd, shared: a test that stops or hurts one starts its own."""

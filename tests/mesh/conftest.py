@@ -42,13 +42,7 @@ def pod(
     tmp_path_factory: pytest.TempPathFactory, repository: Path, pod_settings: dict[str, str], frontend: str
 ) -> Iterator[LocalPod]:
     """One `densemesh serve` process on that repository."""
-    settings = {
-        "models": str(repository),
-        "capacity": "256MiB",
-        "frontend": frontend,
-        "prepare": "false",
-        **pod_settings,
-    }
+    settings = {"models": str(repository), "capacity": "256MiB", "frontend": frontend, **pod_settings}
     process = LocalPod("pod-1", "memory://", tmp_path_factory.mktemp("pod") / "pod.log", settings)
     process.start()
     try:
