@@ -24,7 +24,7 @@ from typing import Final
 from loaders.base import Artifact, Signature
 from loaders.isolated.model import IsolatedModel, files_bytes, load, settings_of
 
-_PROCESS_BYTES: Final = 16 << 20
+_PROCESS_BYTES: Final = 4 << 20
 """A process with numpy, what it shares with others counted in part."""
 _UNTOLD: Final = Signature((), (), platform="python", lenient=True)
 

@@ -7,37 +7,27 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from loaders.base import InferError, LoaderError, ModelLost, Tensor
 from loaders.isolated import worker
+from loaders.isolated.nursery import Nursery
 from loaders.isolated.worker import FrameError
 
 _log: Final = logging.getLogger("loaders.isolated")
 
-_KEPT_VARIABLES: Final = (
-    *("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "SSL_CERT_FILE", "TMPDIR", "TZ"),
-    *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"),
-)
-"""Of this process's environment; the rest may hold secrets that are none of the model's."""
-_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _UNLOAD_S: Final = 2.0
 """For a model's own `unload`, and for a killed process to be gone."""
 _LINES_A_SECOND: Final = 50
 _LINE_CHARS: Final = 500
 _READ_BYTES: Final = 16 << 10
-
-_spawner: Final = ThreadPoolExecutor(1, "spawn")
-"""The kernel ends a child with the thread that started it (PR_SET_PDEATHSIG), so that is one which stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +66,22 @@ class Process:
         self._lock = threading.Lock()
         self._lost = ""
         self._last_line = ""
-        ours, theirs = socket.socketpair()
-        output, lines = socket.socketpair()
-        with theirs, output:
-            try:
-                self._popen = _spawner.submit(_spawn, settings, theirs.fileno(), output.fileno()).result()
-            except (OSError, ValueError) as error:
-                ours.close()
-                lines.close()
-                raise LoaderError(f"{settings.python} cannot be started: {error}") from error
+        self._status: int | None = None
+        with ExitStack() as undo:
+            ours, theirs, lines, output = (undo.enter_context(each) for _ in range(2) for each in socket.socketpair())
+            self._nursery, self._pid = Nursery.start(
+                settings.python, settings.threads, settings.env, settings.directory, theirs.fileno(), output.fileno()
+            )
+            undo.callback(self._kill)
+            self._exit = os.pidfd_open(self._pid)
+            undo.pop_all()
+            theirs.close()
+            output.close()
         self._socket, self._lines = ours, lines
-        self._exit = os.pidfd_open(self._popen.pid)
         self._poll = select.poll()
         self._poll.register(ours, select.POLLIN)
         self._poll.register(self._exit, select.POLLIN)
-        self._logger = threading.Thread(target=self._log_lines, name=f"log-{self._popen.pid}", daemon=True)
+        self._logger = threading.Thread(target=self._log_lines, name=f"log-{self._pid}", daemon=True)
         self._logger.start()
         try:
             told = {name: value for name, value in asdict(settings).items() if name not in ("directory", "env")}
@@ -104,11 +95,9 @@ class Process:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of the process, pages that it shares with others counted in part (PSS)."""
-        with suppress(OSError), open(f"/proc/{self._popen.pid}/smaps_rollup") as file:
-            for line in file:
-                if line.startswith("Pss:"):
-                    return int(line.split()[1]) << 10
+        """Memory that ends with the process; it shares more with the one that it was forked from."""
+        with suppress(OSError), open(f"/proc/{self._pid}/smaps_rollup") as file:
+            return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Private_"))
         return 0
 
     def infer(self, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> dict[str, Tensor]:
@@ -178,24 +167,29 @@ class Process:
     def _ready(self, wait_s: float) -> list[int]:
         return [descriptor for descriptor, _ in self._poll.poll(max(wait_s, 0) * 1e3)]
 
+    def _exits(self, wait_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self._exit, select.POLLIN)
+        return bool(poll.poll(wait_s * 1e3))
+
     def _ended(self, why: str) -> ModelLost:
         """End what is of no use any more; without a reason the process tells it by how it ends."""
         if not why:
-            self._poll.unregister(self._socket)
-            why = "" if self._ready(_UNLOAD_S) else "the model's process was ended because it closed its socket"
+            why = "" if self._exits(_UNLOAD_S) else "the model's process was ended because it closed its socket"
         self._kill()
         self._lost = why or self._last_words()
         return ModelLost(self._lost, began=True)
 
     def _kill(self) -> None:
         """End the process and all that it has started. Its number is its own until somebody has waited for it."""
-        if self._popen.returncode is None:
+        if self._status is None:
             with suppress(ProcessLookupError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
-            self._popen.wait()
+                os.killpg(self._pid, signal.SIGKILL)
+            self._exits(_UNLOAD_S)
+            self._status = self._nursery.reap(self._pid)
 
     def _last_words(self) -> str:
-        status = self._popen.returncode
+        status = self._status or 0
         self._logger.join(_UNLOAD_S)
         if status == -signal.SIGKILL:
             return "the model's process was killed by SIGKILL, as the kernel does where memory ends"
@@ -232,20 +226,3 @@ class Process:
                 return
             if dropped:
                 time.sleep(0.01)  # it may write as fast as it can
-
-
-def _spawn(settings: Settings, descriptor: int, output: int) -> subprocess.Popen[bytes]:
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    threads = dict.fromkeys(_THREAD_VARIABLES, str(settings.threads))
-    # -I: neither the script's directory, which is ours, nor PYTHON* variables nor the user's packages
-    command = [settings.python, "-I", "-B", "-u", "-X", "faulthandler", worker.__file__, str(descriptor)]
-    return subprocess.Popen(
-        [*command, str(os.getpid())],
-        cwd=settings.directory,
-        env={**kept, **threads, **settings.env},
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        process_group=0,
-    )

@@ -1,5 +1,6 @@
-"""The process that one model lives in. It is started by the path of this file and imports nothing of ours, because its
-Python may be another one: any from 3.9 with numpy. Its other end is `loaders.isolated.process`.
+"""The process that one model lives in, and the one that it is forked from. This file is run by its path and imports
+nothing of ours, because its Python may be another one: any from 3.9 with numpy. Our sides of the two are
+`loaders.isolated.process` and `loaders.isolated.nursery`.
 
 Frames on the socket between the two, both ways: lengths of head and body (`<IQ`), the head as JSON, the body. The head
 names the tensors in the body (`name`, V2 `datatype`, `shape`, `size` in bytes), each of which is padded to 16 bytes;
@@ -13,12 +14,18 @@ BYTES are as in V2's raw contents. Nothing is ever pickled.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib.machinery
+import inspect
 import json
 import math
 import os
+import runpy
 import socket
 import struct
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -177,11 +184,9 @@ class _NotOurs:
         self._directory = directory
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        from importlib.machinery import PathFinder
-
         if name not in OURS:
             return None
-        spec = PathFinder.find_spec(name, [self._directory])
+        spec = importlib.machinery.PathFinder.find_spec(name, [self._directory])
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return spec
@@ -225,13 +230,10 @@ class Model:
 
 def _made(implementation: str, model_id: str, path: str) -> Any:
     """An object, or a module, with `predict`; `path`: of a file with a class `Model`."""
-    from importlib import import_module
-    from runpy import run_path
-
     if path:
-        return run_path(path)["Model"]()
+        return runpy.run_path(path)["Model"]()
     module_name, _, name = implementation.rpartition(".")
-    module = import_module(module_name or "model")
+    module = importlib.import_module(module_name or "model")
     if name:
         kind = getattr(module, name, None)
         if kind is None:
@@ -254,8 +256,6 @@ def _made(implementation: str, model_id: str, path: str) -> Any:
 
 def _positional(function: Any) -> int:
     """How many arguments it wants to be given by position, not counting those with defaults if it is a class."""
-    import inspect
-
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = inspect.signature(function).parameters.values()
     if isinstance(function, type):
@@ -268,8 +268,6 @@ _loop: list[Any] = []
 
 def _finished(result: Any) -> Any:
     """What a coroutine returns, for authors who write `async def`."""
-    import inspect
-
     if not inspect.iscoroutine(result):
         return result
     if not _loop:
@@ -319,8 +317,6 @@ def _die_with(parent: int) -> None:
 
 def _told(error: BaseException) -> str:
     """An error in one line, with the author's last line that led to it."""
-    import traceback
-
     here = os.getcwd() + os.sep
     frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(here)]
     at = f" ({os.path.relpath(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
@@ -336,13 +332,9 @@ def _failure(error: BaseException, memory_bytes: int) -> dict[str, Any]:
     return {"error": _told(error), "bad_input": isinstance(error, ValueError)}
 
 
-def main(descriptor: int, parent: int) -> None:
-    """Serve frames until the other side has gone."""
-    import traceback
-
-    _die_with(parent)
+def live(descriptor: int) -> None:
+    """A model's life: serve frames until it is to end, or the other side has gone."""
     sock = socket.socket(fileno=descriptor)
-    sock.set_inheritable(False)
 
     def fill(buffer: memoryview) -> None:
         while buffer:
@@ -355,18 +347,17 @@ def main(descriptor: int, parent: int) -> None:
     _limit(settings)
     sys.path.insert(0, os.getcwd())
     sys.meta_path.insert(0, _NotOurs(os.getcwd()))
-    model = None
-    request: dict[str, Any] = settings
+    model: Any = None
+    kind, request = "load", settings
     tensors: Tensors = {}
     while True:
         answer: dict[str, Any] = {}
         results: Tensors = {}
         try:
-            if request["kind"] == "load":
+            if kind == "load":
                 model = Model(settings)
                 answer = {"inputs": _listed(model.inputs), "outputs": _listed(model.outputs)}
-            elif request["kind"] == "infer":
-                assert model is not None
+            elif kind == "infer":
                 results = model.predict(tensors, request["outputs"])
             elif model is not None:
                 model.unload()
@@ -375,10 +366,63 @@ def main(descriptor: int, parent: int) -> None:
             if not isinstance(error, (Refused, FrameError, ValueError)):
                 traceback.print_exc()
             send(sock, _failure(error, settings["memory_bytes"]), {})
-        if request["kind"] == "unload":
-            break
+        if kind == "unload":
+            return
         del tensors, results
         request, tensors = receive(fill)
+        kind = request["kind"]
+
+
+def nurse(descriptor: int, parent: int) -> None:
+    """Fork a process for each model that is asked for, and tell how they ended, until the other side has gone.
+
+    {"directory": path} and two descriptors  -> {"pid": 1}
+    {"reap": 1}                              -> {"status": 0}
+    """
+    _die_with(parent)
+    sock = socket.socket(fileno=descriptor)
+    sock.set_inheritable(False)
+    sock.send(b"1")
+    gc.freeze()  # what the collector does not touch stays shared
+    ours = os.getpid()
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(sock, 8192, 2)
+        if not message:
+            return
+        told = json.loads(message)
+        if "reap" in told:
+            pid, status = os.waitpid(told["reap"], os.WNOHANG)
+            answer = {"status": os.waitstatus_to_exitcode(status) if pid else -9}
+        else:
+            pid = os.fork()
+            if not pid:
+                sock.close()
+                _be_born(ours, told["directory"], *descriptors)
+            with contextlib.suppress(OSError):
+                os.setpgid(pid, pid)  # here too, so that it is before the answer
+            for each in descriptors:
+                os.close(each)
+            answer = {"pid": pid}
+        sock.send(json.dumps(answer).encode())
+
+
+def _be_born(parent: int, directory: str, model: int, output: int) -> None:
+    status = 1
+    try:
+        _die_with(parent)
+        os.setpgid(0, 0)
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        os.close(output)
+        os.chdir(directory)
+        if "numpy.random" in sys.modules:
+            np.random.seed()
+        live(model)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def _listed(specs: Iterable[Any] | None) -> Any:
@@ -386,4 +430,4 @@ def _listed(specs: Iterable[Any] | None) -> Any:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    nurse(int(sys.argv[1]), int(sys.argv[2]))

@@ -78,7 +78,9 @@ async def ranks(client: Client, *values: float) -> list[int]:
 
 
 def processes(pod: LocalPod) -> list[psutil.Process]:
-    return [each for each in psutil.Process(pod.pid).children() if "worker.py" in " ".join(each.cmdline())]
+    """Those of models: all are forked from one of the pod's."""
+    forking = [each for each in psutil.Process(pod.pid).children() if "worker.py" in " ".join(each.cmdline())]
+    return [process for each in forking for process in each.children()]
 
 
 async def test_a_model_answers_and_tells_what_it_takes(client: Client, pod: LocalPod) -> None:
