@@ -138,12 +138,12 @@ async def main() -> int:
         kinds = _kinds(asked.kinds)
     except KeyError as error:
         parser.error(f"--kinds: unknown {error}, expected some of {', '.join(ZOO)}")
-    with tempfile.TemporaryDirectory(prefix="densemesh-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="densemesh-bench-") as folder:
         try:
             if asked.sizes:
-                rows = await sizes(kinds, Path(name))
+                rows = await sizes({name: kind for name, kind in kinds.items() if not kind.has_process}, Path(folder))
             else:
-                rows = await times(kinds, asked.size, asked.seconds, Path(name))
+                rows = await times(kinds, asked.size, asked.seconds, Path(folder))
         except JobError as error:
             Console(stderr=True).print(str(error), markup=False)
             return 1

@@ -37,6 +37,8 @@ class Kind:
     shape: tuple[int, ...] = (64,)
     """Of one row."""
     dtype: type[np.floating[Any]] = np.float32
+    has_process: bool = False
+    """Its memory is not this process's."""
 
     def rows(self, count: int) -> Array:
         """So many rows of the digits."""
@@ -155,7 +157,7 @@ def _boosting(size: int) -> Any:
 
 
 def _logistic(size: int) -> Any:
-    from sklearn.feature_selection import SelectKBest
+    from sklearn.decomposition import PCA
     from sklearn.linear_model import SGDClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import PolynomialFeatures, StandardScaler
@@ -164,7 +166,7 @@ def _logistic(size: int) -> Any:
     if size == 0:
         return SGDClassifier(max_iter=20, tol=None, random_state=0).fit(images, labels)
     many = make_pipeline(
-        SelectKBest(k=(64, 8, 16, 32, 61)[size]),
+        PCA((64, 8, 16, 32, 60)[size]),
         PolynomialFeatures(2),
         StandardScaler(),
         SGDClassifier(max_iter=2, tol=None, random_state=0),
@@ -312,6 +314,34 @@ def _conv(path: Path, size: int) -> None:
     _torch(path, size, conv=True)
 
 
+# Python
+
+_MODEL: Final = """
+import numpy as np
+
+class Model:
+    inputs = [{"name": "x", "datatype": "FP32", "shape": [-1, 64]}]
+    outputs = [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}]
+
+    def load(self, path):
+        self.weights = np.load("weights.npy")
+
+    def predict(self, inputs):
+        return {"y": np.tanh(inputs["x"] @ self.weights)}
+"""
+
+
+def _python(path: Path, size: int) -> None:
+    path.mkdir()
+    (path / "model.py").write_text(_MODEL)
+    np.save(path / "weights.npy", np.random.default_rng(size).standard_normal((64, 10)).astype(np.float32))
+
+
+def _from_python(path: Path) -> Predict:
+    weights = np.load(path / "weights.npy")
+    return lambda rows: np.asarray(np.tanh(rows @ weights))
+
+
 _IMAGE: Final = (1, 8, 8)
 _ONNX: Final = ("onnx", "onnxruntime", "sklearn")
 _SKLEARN: Final = ("sklearn", "skops")
@@ -340,6 +370,7 @@ ZOO: Final[dict[str, Kind]] = {
     "xgboost": Kind("xgboost", ".ubj", ("xgboost", "sklearn"), _xgboost, _from_xgboost),
     "xgboost, json": Kind("xgboost", ".json", ("xgboost", "sklearn"), _xgboost, _from_xgboost),
     "lightgbm": Kind("lightgbm", ".txt", ("lightgbm", "sklearn"), _lightgbm, _from_lightgbm, dtype=np.float64),
+    "python": Kind("python", "", ("sklearn",), _python, _from_python, has_process=True),
     "torch mlp, pt2": Kind("torch", ".pt2", _TORCH, _mlp, _from_torch),
     "torch conv, pt2": Kind("torch", ".pt2", _TORCH, _conv, _from_torch, shape=_IMAGE),
     "torch mlp, pt": Kind("torch", ".pt", _TORCH, _mlp, _from_torch),

@@ -203,7 +203,7 @@ class Model:
         """Import and load it."""
         self._own = _made(settings["implementation"], settings["model_id"], settings["module"])
         self.inputs = getattr(self._own, "inputs", None)
-        self.outputs = settings["outputs"] or getattr(self._own, "outputs", None)
+        self.outputs = getattr(self._own, "outputs", None) or settings["outputs"]
         load, given = getattr(self._own, "load", None), (os.getcwd(), settings["parameters"])
         taken = _positional(load) if load is not None else 0
         if settings["parameters"] and taken < 2:
