@@ -10,7 +10,8 @@
 
 `load`, `predict` and `unload` may be coroutines. A ValueError in `predict` is the request's fault, any other exception
 the model's. The directory is the working directory and on the path. BYTES are object arrays of `bytes`; text may be
-answered. A model that declares no `inputs` is handed whatever comes; what it answers is brought to its `outputs`.
+answered. A model that declares no `inputs` is handed whatever comes; what it answers is brought to its `outputs`. A
+`kserve.Model` is called as KServe's server would with a V2 request.
 
 The process keeps the pod safe from a model's faults (crash, leak, endless loop), not from malice: it runs as the pod's
 user. Parameters of ours: `implementation` (`model.Name`), `python` (an interpreter with numpy, for a model's own
@@ -25,7 +26,7 @@ from loaders.base import Artifact, Signature
 from loaders.isolated.model import IsolatedModel, files_bytes, load, settings_of
 
 _PROCESS_BYTES: Final = 4 << 20
-"""A process with numpy, what it shares with others counted in part."""
+"""Of a process, without what it shares with the one that it was forked from."""
 _UNTOLD: Final = Signature((), (), platform="python", lenient=True)
 
 

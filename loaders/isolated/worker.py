@@ -251,7 +251,34 @@ def _made(implementation: str, model_id: str, path: str) -> Any:
     model = kind(model_id) if _positional(kind) else kind()
     if not callable(getattr(model, "predict", None)):
         raise Refused(f"{kind.__name__} has no predict")
-    return model
+    return _Kserve(model) if any(base.__module__.startswith("kserve.") for base in kind.__mro__) else model
+
+
+class _Kserve:
+    """A `kserve.Model`, called as KServe's server does with a V2 request."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def load(self) -> Any:
+        return self._model.load()
+
+    def predict(self, inputs: Tensors) -> Any:
+        from kserve import InferInput, InferRequest
+
+        given = []
+        for name, value in inputs.items():
+            given.append(InferInput(name, list(value.shape), _flat(name, value)[0]))
+            given[-1].set_data_from_numpy(value)
+        answer = _finished(self._model(InferRequest(self._model.name, given), {}))
+        if isinstance(answer, tuple):  # and headers
+            answer = answer[0]
+        if isinstance(answer, Mapping):  # V1
+            return {"predictions": answer["predictions"]}
+        return {output.name: output.as_numpy() for output in answer.outputs}
+
+    def unload(self) -> None:
+        self._model.stop()
 
 
 def _positional(function: Any) -> int:

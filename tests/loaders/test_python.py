@@ -143,6 +143,37 @@ def test_forms_of_a_model(load: Load, form: str) -> None:
         assert model.infer({"x": np.array(x)}, ("y",))["y"].tolist() == [2 * each for each in x]
 
 
+def test_a_class_of_kserve(load: Load) -> None:
+    pytest.importorskip("kserve", reason="kserve is not installed")
+    model = load(
+        """
+        import kserve
+
+        class Doubler(kserve.Model):
+            def load(self):
+                self.ready = True
+                return self.ready
+
+            async def predict(self, payload, headers=None):
+                tensor = payload.inputs[0]
+                output = kserve.InferOutput(tensor.name, tensor.shape, tensor.datatype)
+                output.set_data_from_numpy(tensor.as_numpy() * 2)
+                return kserve.InferResponse(payload.id, self.name, [output])
+
+        class Answers(Doubler):
+            def predict(self, payload, headers=None):
+                return {"predictions": [self.name]}
+    """,
+        implementation="model.Doubler",
+    )
+    x = np.ones((2, 3), np.float32)
+    np.testing.assert_array_equal(model.infer({"x": x}, ())["x"], 2 * x)
+    folder = model._process._settings.directory
+    answers = LOADER.load(Artifact(folder, {"implementation": "model.Answers"}, model_id="m"))
+    assert answers.infer({"x": x}, ())["predictions"].tolist() == [b"m"]
+    answers.unload()
+
+
 def test_an_implementation_names_the_class_and_other_parameters_are_the_models(load: Load, tmp_path: Path) -> None:
     (tmp_path / "parts.py").write_text("FACTOR = 3\n")
     (tmp_path / "weights.txt").write_text("0.5")
