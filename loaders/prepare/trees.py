@@ -116,8 +116,7 @@ def _retouch(node: onnx.NodeProto, trees: list[tuple[Any, Any]], *, is_double: b
             if name in told:
                 told[f"{name}_as_tensor"] = numpy_helper.from_array(np.array(told.pop(name), np.float64), name)
         told.pop("nodes_hitrates", None)
-    del node.attribute[:]
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in sorted(told.items()) if _says(value))
+    _describe(node, told)
 
 
 def _let_forest_vote(graph: onnx.GraphProto, node: onnx.NodeProto, forest: Any) -> None:
@@ -125,16 +124,18 @@ def _let_forest_vote(graph: onnx.GraphProto, node: onnx.NodeProto, forest: Any) 
     share first decides some ties otherwise, and of two classes ONNX Runtime compares one with a half."""
     told, is_binary = _attributes(node), len(forest.classes_) == 2
     shares = [tree.tree_.value[:, 0, :] for tree in forest.estimators_]
-    places = zip(told["class_treeids"], told["class_nodeids"], told["class_ids"], strict=True)
+    names = ("class_treeids", "class_nodeids", "class_ids")
+    places = np.stack([told[name] for name in names], 1)
     if is_binary:  # the sign of the difference decides, unless all are positive
-        votes = [shares[tree][leaf][1] - shares[tree][leaf][0] for tree, leaf, _ in places]
-        if len(set(told["class_ids"])) != 1 or min(votes) >= 0:
+        votes = np.array([shares[tree][leaf][1] - shares[tree][leaf][0] for tree, leaf, _ in places])
+        if len(set(told["class_ids"])) != 1 or votes.min() >= 0:
             return
-    else:
-        votes = [shares[tree][leaf][label] for tree, leaf, label in places]
-    for attribute in node.attribute:
-        if attribute.name == "class_weights_as_tensor":
-            attribute.t.CopyFrom(numpy_helper.from_array(np.array(votes), "class_weights"))
+    else:  # most leaves are of one class
+        votes = np.array([shares[tree][leaf][label] for tree, leaf, label in places])
+        places, votes = places[votes != 0], votes[votes != 0]
+    told |= {name: column.tolist() for name, column in zip(names, places.T, strict=True)}
+    told["class_weights_as_tensor"] = numpy_helper.from_array(votes, "class_weights")
+    _describe(node, told)
     at, scores = list(graph.node).index(node), node.output[1]
     node.output[1] = "forest_votes"
     after = [helper.make_node("Div", ["forest_votes", "forest_trees"], ["forest_means" if is_binary else scores])]
@@ -151,8 +152,10 @@ def _let_forest_vote(graph: onnx.GraphProto, node: onnx.NodeProto, forest: Any) 
         graph.node.insert(at + 1, made)
 
 
-def _says(value: Any) -> bool:
-    return not isinstance(value, list) or bool(value)
+def _describe(node: onnx.NodeProto, told: dict[str, Any]) -> None:
+    del node.attribute[:]
+    said = {name: value for name, value in told.items() if not isinstance(value, list) or value}
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in sorted(said.items()))
 
 
 def _cast(graph: onnx.GraphProto, node: onnx.NodeProto, number: int, *, widen: bool, narrow: bool) -> None:
