@@ -97,10 +97,7 @@ class CudaDevice:
         return self._start(self._streams[1], self.arena, self._pinned, moves)
 
     def views(self, layout: Layout, spans: Sequence[Span]) -> Mapping[str, torch.Tensor]:
-        return {
-            place.name: self.arena.narrow(0, at, place.size_bytes).view(TORCH_DTYPES[place.datatype]).view(place.shape)
-            for place, at in placed(layout, spans)
-        }
+        return tensor_views(self.arena, layout, spans)
 
     def memory(self) -> DeviceMemory:
         """
@@ -127,6 +124,14 @@ class CudaDevice:
                 target.narrow(0, to, size_bytes).copy_(source.narrow(0, at, size_bytes), non_blocking=True)
             event.record(stream)
         return CudaCopying(event)
+
+
+def tensor_views(arena: torch.Tensor, layout: Layout, spans: Sequence[Span]) -> dict[str, torch.Tensor]:
+    """The tensors of a layout over an arena of bytes; nothing is copied."""
+    return {
+        place.name: arena.narrow(0, at, place.size_bytes).view(TORCH_DTYPES[place.datatype]).view(place.shape)
+        for place, at in placed(layout, spans)
+    }
 
 
 def _touch(slab: torch.Tensor) -> None:
