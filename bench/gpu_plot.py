@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from xml.sax.saxutils import escape
 
 _BAR, _ROW, _LEFT, _WIDTH = "#1b6ca8", 18, 190, 760
 Panel = tuple[str, list[tuple[str, float]]]
-_FORMAT: Final = "{:,.3g}"
 
 
 def panels(figures: dict[str, Any]) -> list[Panel]:
@@ -37,6 +36,10 @@ def panels(figures: dict[str, Any]) -> list[Panel]:
     return [panel for panel in found if panel[1]]
 
 
+def _told(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def draw(figures: dict[str, Any], out: Path) -> Path:
     """The picture's path."""
     shown = panels(figures)
@@ -54,7 +57,7 @@ def draw(figures: dict[str, Any], out: Path) -> Path:
     for axes, (title, rows) in zip(all_axes.flat, shown, strict=False):
         axes.barh([name for name, _ in rows][::-1], [value for _, value in rows][::-1], color=_BAR)
         for n, (_, value) in enumerate(rows[::-1]):
-            axes.annotate(_FORMAT.format(value), (value, n), (3, 0), textcoords="offset points", va="center")
+            axes.annotate(_told(value), (value, n), (3, 0), textcoords="offset points", va="center")
         axes.set_title(title, loc="left", fontsize=9)
     path = out / "figures.png"
     figure.savefig(path, dpi=150)
@@ -74,7 +77,7 @@ def svg(shown: list[Panel]) -> str:
             length = (_WIDTH - _LEFT - 80) * value / most
             parts.append(f'<text x="{_LEFT - 5}" y="{y}" text-anchor="end">{escape(name)}</text>')
             parts.append(f'<rect x="{_LEFT}" y="{y - 11}" width="{length:.1f}" height="13" fill="{_BAR}"/>')
-            parts.append(f'<text x="{_LEFT + length + 4:.1f}" y="{y}">{_FORMAT.format(value)}</text>')
+            parts.append(f'<text x="{_LEFT + length + 4:.1f}" y="{y}">{_told(value)}</text>')
         y += _ROW // 2
     size = f'width="{_WIDTH}" height="{y + 10}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'

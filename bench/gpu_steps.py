@@ -78,7 +78,7 @@ FULL: Final = Scale(
 )
 SMALL: Final = Scale(
     link_bytes=(64 * KIB, 1 * MIB),
-    swapped=(("1 MB", wide(1_000_000, "FP32")), ("3 MB", encoder(2, 64, 4000, "FP32"))),
+    swapped=(("1 MB", wide(1_000_000, "FP32")), ("2 MB", encoder(2, 64, 4000, "FP32"))),
     small_model=encoder(2, 64, 1000, "FP32"),
     density=(1, 4, 8),
     tokens=(1, 16),
