@@ -146,7 +146,7 @@ def _swaps(architecture: list[Told], scale: Scale) -> Figures:
                 with store.using(n) as slot:
                     runner(slot, tokens)
             warm_s = median(_first_output_s(rig, n % 2, tokens) for n in range(20))
-        swap_s, bare_s, output_s = [], [], []
+        swap_s, bare_s, output_s = list[float](), list[float](), list[float]()
         before = allocations()
         until = time.perf_counter() + scale.seconds
         rng = random.Random(1)
@@ -368,7 +368,8 @@ def _tenants(sizes: tuple[int, ...], scale: Scale) -> Figures:
     drawn = torch.Generator(where()).manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=drawn, device=where()) * shape[-2] ** -0.5
+        made: torch.Tensor = torch.randn(shape, generator=drawn, device=where()) * shape[-2] ** -0.5
+        return made
 
     weights = [normal(count, rows, columns) for rows, columns in layers]
     biases = [normal(count, 1, columns) for _, columns in layers]
