@@ -75,18 +75,20 @@ def test_other_orders_of_bytes_and_memory_are_stored_as_ours(path: Path) -> None
         np.testing.assert_array_equal(file.views()["w"], given)
 
 
-def test_tensors_are_written_as_they_are_made(path: Path) -> None:
-    alive: list[int] = []
+def test_tensors_are_written_as_they_are_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of one size, and none is held until the end."""
+    monkeypatch.setattr(weights, "_BLOCK_BYTES", 8192)
+    sizes: list[int] = []
 
     def made() -> Iterator[tuple[str, Tensor]]:
         for n in range(3):
-            alive.append((path.parent / next(iter(os.listdir(path.parent)))).stat().st_size)
+            sizes.append((path.parent / next(iter(os.listdir(path.parent)))).stat().st_size)
             yield f"w{n}", np.full(LARGE_BYTES, n, np.uint8)
 
     write_weights(path, made())
-    assert alive[2] > alive[1] >= alive[0]
+    assert sizes == [0, LARGE_BYTES, 2 * LARGE_BYTES]
     with WeightsFile(path) as file:
-        assert [int(tensor[0]) for tensor in file.views().values()] == [0, 1, 2]
+        assert [int(tensor[-1]) for tensor in file.views().values()] == [0, 1, 2]
 
 
 def test_any_piece_is_read_into_a_buffer(path: Path) -> None:
