@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ _KEPT_VARIABLES: Final = (
 )
 """Of this process's environment; the rest may hold secrets that are none of a model's."""
 _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-_START_S: Final = 60.0
+_START_S: Final = 30.0
 _ANSWER_S: Final = 20.0
 _KILLED: Final = -9
 
@@ -36,53 +37,75 @@ Key = tuple[str, int, tuple[tuple[str, str], ...]]
 
 
 class Nursery:
-    """A process that others are forked from. It ends with the last of them, unless it is the usual one."""
+    """A process that others are forked from. It begins with the first of them and ends with the last, unless it is the
+    usual one."""
 
     _all: ClassVar[dict[Key, Nursery]] = {}
     _turn: ClassVar[threading.Lock] = threading.Lock()
 
     @classmethod
-    def start(
-        cls, python: str, threads: int, env: Mapping[str, str], directory: Path, model: int, output: int
-    ) -> tuple[Nursery, int]:
-        """A process for a model, and whose child it is; `model` and `output` are its socket and what it writes to.
-
-        Raises:
-            LoaderError: the interpreter does not start.
-        """
+    def of(cls, python: str, threads: int, env: Mapping[str, str]) -> Nursery:
+        """That of an interpreter and its environment."""
         key = python, threads, tuple(sorted(env.items()))
-        told = {"directory": str(directory)}
         with cls._turn:
-            for _ in range(2):  # it may have been killed
-                nursery = cls._all.get(key)
-                if nursery is None:
-                    nursery = cls._all[key] = cls(key)
-                try:
-                    pid: int = nursery._ask(told, [model, output])["pid"]
-                except OSError:
-                    nursery._end()
-                    continue
-                nursery._children += 1
-                return nursery, pid
-        raise LoaderError(f"{python} does not start processes")
+            return cls._all.setdefault(key, cls(key))
 
     def __init__(self, key: Key) -> None:
         self._key = key
+        self._lock = threading.Lock()
         self._children = 0
-        python, threads, env = key
+        self._socket: socket.socket | None = None
+
+    def start(self, directory: Path, model: int, output: int) -> int:
+        """The number of a new process for a model; `model` and `output` are its socket and what it writes to.
+
+        Raises:
+            LoaderError: the interpreter does not start, or the system has no room for another process (retryable).
+        """
+        with self._lock:
+            for _ in range(2):  # it may have been killed
+                try:
+                    answer = self._ask({"directory": str(directory)}, [model, output])
+                except OSError:
+                    self._end()
+                    continue
+                if "error" in answer:
+                    raise LoaderError(f"no process for the model: {answer['error']}", retryable=True)
+                self._children += 1
+                return int(answer["pid"])
+        raise LoaderError(f"{self._key[0]} starts, and starts no processes")
+
+    def reap(self, pid: int) -> int:
+        """The status of a process that has ended: its own, or less than 0 for a signal."""
+        with self._lock:
+            self._children -= 1
+            try:
+                if self._socket is None:
+                    return _KILLED  # as all its children are when it is gone
+                return int(self._ask({"reap": pid}, []).get("status", _KILLED))
+            except OSError:
+                self._end()
+                return _KILLED
+            finally:
+                if not self._children and self._key != (sys.executable, 1, ()):
+                    self._end()
+
+    def _begin(self) -> socket.socket:
+        python, threads, env = self._key
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         environment = {**kept, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), **dict(env)}
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, TemporaryFile() as errors:
             try:
                 self._popen = _spawner.submit(_spawn, python, environment, theirs.fileno(), errors).result()
             except OSError as error:
-                self._socket.close()
+                ours.close()
                 raise LoaderError(f"{python} cannot be started: {error}") from None
             theirs.close()
-            self._socket.settimeout(_START_S)
+            self._socket = ours
+            ours.settimeout(_START_S)
             try:
-                ready = self._socket.recv(1)
+                ready = ours.recv(1)
             except OSError:
                 ready = b""
             if not ready:
@@ -91,35 +114,25 @@ class Nursery:
                 lines = errors.read().decode(errors="replace").split("\n")
                 reason = next((line for line in reversed(lines) if line.strip()), "it said nothing")
                 raise LoaderError(f"{python} cannot run models: {reason[:500]}")
-            self._socket.settimeout(_ANSWER_S)
-
-    def reap(self, pid: int) -> int:
-        """The status of a process that has ended: its own, or less than 0 for a signal."""
-        with Nursery._turn:
-            self._children -= 1
-            try:
-                status: int = self._ask({"reap": pid}, [])["status"]
-            except OSError:
-                status = _KILLED  # as all its children are when it is gone
-                self._end()
-            if not self._children and self._key != (sys.executable, 1, ()):
-                self._end()
-            return status
+            ours.settimeout(_ANSWER_S)
+            return ours
 
     def _ask(self, told: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
-        socket.send_fds(self._socket, [json.dumps(told).encode()], descriptors)
-        answer = self._socket.recv(1024)
+        asked = self._socket or self._begin()
+        socket.send_fds(asked, [json.dumps(told).encode()], descriptors)
+        answer = asked.recv(1024)
         if not answer:
             raise ConnectionResetError
         found: dict[str, Any] = json.loads(answer)
         return found
 
     def _end(self) -> None:
-        if Nursery._all.get(self._key) is self:
-            del Nursery._all[self._key]
+        if self._socket is None:
+            return
         self._socket.close()
+        self._socket = None
         with suppress(ProcessLookupError):
-            self._popen.kill()
+            os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
 
 

@@ -67,16 +67,19 @@ class Process:
         self._lost = ""
         self._last_line = ""
         self._status: int | None = None
-        with ExitStack() as undo:
-            ours, theirs, lines, output = (undo.enter_context(each) for _ in range(2) for each in socket.socketpair())
-            self._nursery, self._pid = Nursery.start(
-                settings.python, settings.threads, settings.env, settings.directory, theirs.fileno(), output.fileno()
-            )
-            undo.callback(self._kill)
-            self._exit = os.pidfd_open(self._pid)
-            undo.pop_all()
-            theirs.close()
-            output.close()
+        self._nursery = Nursery.of(settings.python, settings.threads, settings.env)
+        self._exit = -1
+        try:
+            with ExitStack() as undo:
+                ours, theirs, lines, output = (undo.enter_context(each) for _ in "12" for each in socket.socketpair())
+                self._pid = self._nursery.start(settings.directory, theirs.fileno(), output.fileno())
+                undo.callback(self._kill)
+                self._exit = os.pidfd_open(self._pid)
+                undo.pop_all()
+                theirs.close()
+                output.close()
+        except OSError as error:
+            raise LoaderError(f"no process for the model: {error.strerror}", retryable=True) from None
         self._socket, self._lines = ours, lines
         self._poll = select.poll()
         self._poll.register(ours, select.POLLIN)
@@ -168,6 +171,8 @@ class Process:
         return [descriptor for descriptor, _ in self._poll.poll(max(wait_s, 0) * 1e3)]
 
     def _exits(self, wait_s: float) -> bool:
+        if self._exit < 0:
+            return False
         poll = select.poll()
         poll.register(self._exit, select.POLLIN)
         return bool(poll.poll(wait_s * 1e3))
@@ -209,8 +214,10 @@ class Process:
             if len(rest) > _LINE_CHARS or not data:
                 whole, rest = [*whole, rest], b""
             for line in whole:
-                text = line[:_LINE_CHARS].decode(errors="replace").rstrip()
-                if not text:
+                text = "".join(
+                    each if each.isprintable() else " " for each in line[:_LINE_CHARS].decode(errors="replace")
+                )
+                if not text.strip():
                     continue
                 self._last_line = text
                 if time.monotonic() - since_s > 1:

@@ -124,9 +124,10 @@ def dtype_of(datatype: str) -> np.dtype[Any]:
         return np.dtype(object)
     code: Any = _NUMBERS.get(datatype)
     if datatype == "BF16":
-        import ml_dtypes
-
-        code = ml_dtypes.bfloat16
+        try:
+            code = importlib.import_module("ml_dtypes").bfloat16
+        except ImportError:
+            raise FrameError("BF16 needs the package ml_dtypes, which this Python does not have") from None
     if code is None:
         raise FrameError(f"unknown datatype {datatype!r:.64}")
     dtype: np.dtype[Any] = np.dtype(code)
@@ -390,13 +391,19 @@ def live(descriptor: int) -> None:
                 model.unload()
             send(sock, answer, results)
         except (Exception, SystemExit) as error:
-            if not isinstance(error, (Refused, FrameError, ValueError)):
+            is_told = isinstance(error, (Refused, FrameError)) or (kind == "infer" and isinstance(error, ValueError))
+            if not is_told:
                 traceback.print_exc()
             send(sock, _failure(error, settings["memory_bytes"]), {})
         if kind == "unload":
             return
         del tensors, results
-        request, tensors = receive(fill)
+        while True:
+            try:
+                request, tensors = receive(fill)
+                break
+            except FrameError as error:  # a datatype that is unknown here
+                send(sock, {"error": str(error), "bad_input": True}, {})
         kind = request["kind"]
 
 
@@ -417,19 +424,23 @@ def nurse(descriptor: int, parent: int) -> None:
         if not message:
             return
         told = json.loads(message)
-        if "reap" in told:
-            pid, status = os.waitpid(told["reap"], os.WNOHANG)
-            answer = {"status": os.waitstatus_to_exitcode(status) if pid else -9}
-        else:
-            pid = os.fork()
-            if not pid:
-                sock.close()
-                _be_born(ours, told["directory"], *descriptors)
-            with contextlib.suppress(OSError):
-                os.setpgid(pid, pid)  # here too, so that it is before the answer
-            for each in descriptors:
-                os.close(each)
-            answer = {"pid": pid}
+        answer: dict[str, Any]
+        try:
+            if "reap" in told:
+                pid, status = os.waitpid(told["reap"], os.WNOHANG)
+                answer = {"status": os.waitstatus_to_exitcode(status) if pid else -9}
+            else:
+                pid = os.fork()
+                if not pid:
+                    sock.close()
+                    _be_born(ours, told["directory"], *descriptors)
+                with contextlib.suppress(OSError):
+                    os.setpgid(pid, pid)  # here too, so that it is before the answer
+                answer = {"pid": pid}
+        except OSError as error:
+            answer = {"error": error.strerror}
+        for each in descriptors:
+            os.close(each)
         sock.send(json.dumps(answer).encode())
 
 

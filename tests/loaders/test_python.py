@@ -432,12 +432,17 @@ def test_another_one_is_started_if_it_is_gone(tmp_path: Path) -> None:
     assert nursery.children() == []
 
 
-def test_an_interpreter_that_cannot_run_models(load: Load, tmp_path: Path) -> None:
+def test_an_interpreter_that_cannot_run_models(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no numpy here >&2\nexit 1\n")
     python.chmod(0o755)
     with pytest.raises(LoaderError, match="python cannot run models: no numpy here"):
         load(ECHO, python=str(python))
+    monkeypatch.setattr("loaders.isolated.nursery._START_S", 0.2)
+    python.write_text("#!/bin/sh\nsleep 60\n")
+    with pytest.raises(LoaderError, match="python cannot run models: it said nothing"):
+        load(ECHO, python=str(python))
+    monkeypatch.undo()
     python.write_text("none")
     with pytest.raises(LoaderError, match=r"python cannot be started: .*Exec format error"):
         load(ECHO, python=str(python))
