@@ -61,6 +61,7 @@ LOADERS: Final[dict[str, Format]] = {
         (".ubj", ".json", ".bst"),
         begins=rb'\{(?:\s*"|L\0{7}\x07)(?:learner|version"\s*:\s*\[)',
     ),
+    "openvino": Format("loaders.openvino:OpenvinoLoader", (".xml",), begins=rb"(?:<\?xml[^>]*>\s*)?<net "),
     "lightgbm": Format("loaders.lightgbm:LightgbmLoader", (".txt", ".bst"), begins=rb"tree\r?\n"),
     "huggingface": Format(
         "loaders.huggingface:HuggingfaceLoader",
@@ -70,7 +71,7 @@ LOADERS: Final[dict[str, Format]] = {
     "synthetic": Format("loaders.synthetic:SyntheticLoader", (".synthetic.json",)),
 }
 
-ALIASES: Final[dict[str, str]] = {"pytorch": "torch", "torchscript": "torch"}
+ALIASES: Final[dict[str, str]] = {"pytorch": "torch", "torchscript": "torch", "openvino_ir": "openvino"}
 """Other names that KServe's and ModelMesh's runtimes have for our formats (`supportedModelFormats`)."""
 
 

@@ -16,6 +16,7 @@ FRAMEWORKS = {
     "sklearn": "sklearn",
     "xgboost": "xgboost",
     "lightgbm": "lightgbm",
+    "openvino": "openvino",
     "huggingface": "torch",
     "mlflow": "yaml",
 }

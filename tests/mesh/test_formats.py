@@ -67,10 +67,32 @@ def mlflow_classifier(folder: Path) -> tuple[Array, Answers]:
     return rows[:40], {"predict": model.predict(rows[:40]), "predict_proba": model.predict_proba(rows[:40])}
 
 
+def openvino_classifier(folder: Path) -> tuple[Array, Answers]:
+    import sys
+
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+    from openvino import opset13
+    from sklearn.linear_model import LogisticRegression
+
+    rows, labels = load_breast_cancer(return_X_y=True)
+    model = LogisticRegression(max_iter=5, tol=1).fit(rows / 100, labels)
+    given = opset13.parameter([-1, 30], np.float32, name="x")
+    weights = opset13.constant((model.coef_.T / 100).astype(np.float32))
+    scores = opset13.add(
+        opset13.matmul(given, weights, False, False), opset13.constant(model.intercept_.astype(np.float32))
+    )
+    answer = opset13.sigmoid(scores)
+    answer.output(0).set_names({"probability"})
+    openvino.save_model(openvino.Model([answer], [given], "m"), folder / "model.xml", compress_to_fp16=False)
+    return rows[:40].astype(np.float32), {"probability": model.predict_proba(rows[:40] / 100)[:, 1:]}
+
+
 FORMATS: Final[dict[str, tuple[str, str, Callable[[Path], tuple[Array, Answers]]]]] = {
     "xgboost_classifier": ("xgboost", "mlserver_xgboost.XGBoostModel", xgboost_classifier),
     "xgboost_regressor": ("xgboost", "", xgboost_regressor),
     "lightgbm_classifier": ("lightgbm", "mlserver_lightgbm.LightGBMModel", lightgbm_classifier),
+    "openvino_classifier": ("openvino", "", openvino_classifier),
     "mlflow_classifier": ("mlflow", "mlserver_mlflow.MLflowRuntime", mlflow_classifier),
 }
 """By model: its format, MLServer's implementation of it if any, and what makes it."""
