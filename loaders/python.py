@@ -25,7 +25,7 @@ from typing import Final
 from loaders.base import Artifact, Signature
 from loaders.isolated.model import IsolatedModel, files_bytes, load, settings_of
 
-_PROCESS_BYTES: Final = 4 << 20
+_PROCESS_BYTES: Final = 3 << 20
 """Of a process, without what it shares with the one that it was forked from."""
 _UNTOLD: Final = Signature((), (), platform="python", lenient=True)
 

@@ -1,5 +1,5 @@
 """Where the processes of models come from: one for each interpreter, which has imported numpy and forks
-(`worker.nurse`). So a model's process begins in 5 ms instead of 100, and shares what it does not change."""
+(`worker.nurse`). So a model's process begins in 8 ms instead of 100, and shares what it does not change."""
 
 from __future__ import annotations
 
