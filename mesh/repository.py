@@ -17,6 +17,7 @@ from mesh.triton import format_said
 MAX_ID_CHARS: Final = 253
 
 IMPLEMENTATIONS: Final[dict[str, str]] = {
+    "mlserver_huggingface.HuggingFaceRuntime": "huggingface",
     "mlserver_lightgbm.LightGBMModel": "lightgbm",
     "mlserver_mlflow.MLflowRuntime": "mlflow",
     "mlserver_sklearn.SKLearnModel": "sklearn",
