@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +22,25 @@ import numpy as np
 from loaders.artifacts import agreed
 from loaders.base import Artifact, InferError, LoadedModel, LoaderError, Signature, Tensor, TensorSpec
 from loaders.columns import numbers, table
-from loaders.datatypes import DTYPES
+from loaders.datatypes import DTYPES, text_of
 from loaders.onnx import OnnxLoader
 from loaders.onnx_file import weigh
 from loaders.prepare import Damaged
 
 GRAPH: Final = "model.onnx"
 _CONVERSION: Final = "conversion.json"
+SEPARATOR: Final = "\x01"
+_NO_SEPARATOR: Final = "\x02"
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How texts are cut into words, before the graph gets them with `SEPARATOR` between: by Python, because ONNX's
+    operators have other regular expressions and another lower case."""
+
+    pattern: str
+    lowercase: bool
+    stop_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,7 @@ class Feed:
     takes_infinite: bool = False
     within_fp32: bool = False
     """The model refuses numbers that FP32 does not have, in whatever datatype they come."""
+    words: Words | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,7 @@ def read(folder: Path) -> Conversion:
         own |= {part: tuple(map(_spec, own[part])) for part in ("inputs", "outputs")}
         return Conversion(
             Signature(**own | {"default_outputs": tuple(own["default_outputs"])}),
-            tuple(Feed(**feed) for feed in told["feeds"]),
+            tuple(map(_feed, told["feeds"])),
             told["answers"],
             told["width"],
             tuple(told["columns"]),
@@ -121,7 +135,7 @@ class ConvertedModel:
         self.signature = signature
         self.size_bytes = graph.size_bytes
         self._graph = graph
-        self._feeds = conversion.feeds
+        self._feeds = [(feed, None if feed.words is None else _Cutter(feed.words)) for feed in conversion.feeds]
         self._width = conversion.width
         self._columns = conversion.columns
         self._answers = conversion.answers
@@ -138,7 +152,7 @@ class ConvertedModel:
         count = len(rows if isinstance(rows, np.ndarray) else rows[0])
         if not count:
             raise InferError("found array with 0 samples while a minimum of 1 is required", bad_input=True)
-        feeds = {feed.name: _fed(feed, _taken(feed, rows)) for feed in self._feeds}
+        feeds = {feed.name: _fed(feed, cutter, _taken(feed, rows)) for feed, cutter in self._feeds}
         try:
             found = self._graph.infer(feeds, [self._answers[name] for name in outputs])
         except InferError as error:  # what is left are values: an encoder may refuse categories that it does not know
@@ -169,12 +183,34 @@ def _taken(feed: Feed, rows: Tensor | list[Tensor]) -> Tensor:
     return rows[:, feed.start : feed.stop]
 
 
-def _fed(feed: Feed, values: Tensor) -> Tensor:
+class _Cutter:
+    """`Words`, made ready."""
+
+    def __init__(self, words: Words) -> None:
+        self._find = re.compile(words.pattern).findall
+        self._lowercase = words.lowercase
+        self._stop_words = frozenset(words.stop_words)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        cut = np.empty(values.shape, object)
+        try:
+            cut.reshape(-1)[:] = [self._cut(text) for text in text_of(values).flat]
+        except UnicodeDecodeError as error:
+            raise InferError(str(error), bad_input=True) from None
+        return cut
+
+    def _cut(self, text: str) -> str:
+        text = text.replace(SEPARATOR, _NO_SEPARATOR)  # a word with either is none that was learned
+        found = self._find(text.lower() if self._lowercase else text)
+        return SEPARATOR.join([word for word in found if word not in self._stop_words] if self._stop_words else found)
+
+
+def _fed(feed: Feed, cutter: _Cutter | None, values: Tensor) -> Tensor:
     """In the graph's datatype, with what the model refuses refused."""
     if feed.datatype == "BYTES":
         if values.dtype != object:
             raise InferError(f"{feed.name} takes BYTES, got numbers", bad_input=True)
-        return values
+        return values if cutter is None else cutter(values)
     fed = numbers(values, np.float32 if feed.datatype == "FP32" else np.float64)
     if not (feed.takes_nan and feed.takes_infinite):
         narrow = numbers(fed, np.float32) if feed.within_fp32 else fed
@@ -185,6 +221,10 @@ def _fed(feed: Feed, values: Tensor) -> Tensor:
                 most = "FP32" if feed.within_fp32 else feed.datatype
                 raise InferError(f"input X contains infinity or a value too large for {most}", bad_input=True)
     return np.ascontiguousarray(fed)
+
+
+def _feed(told: dict[str, Any]) -> Feed:
+    return Feed(**told | {"words": told["words"] and Words(**told["words"])})
 
 
 def _spec(told: dict[str, Any]) -> TensorSpec:

@@ -67,7 +67,23 @@ def texts(estimator: Any, rng: Rng) -> list[str]:
     """Texts of words that an estimator's vectorizers know and do not know."""
     words = [*{word for vocabulary in _vocabularies(estimator) for word in vocabulary}]
     words = sorted(words, key=lambda word: (len(word), word))[:_MOST_POOL] or ["word"]
-    odd = ["a", "I", "x1", "don't", "Größe", "naïve", "数据", "e-mail", "3.14", "#tag", "_id", "ÉTÉ", "new\nline"]
+    odd = [
+        "a",
+        "I",
+        "x1",
+        "don't",
+        "Größe",
+        "naïve",
+        "数据",
+        "e-mail",
+        "3.14",
+        "#tag",
+        "_id",
+        "ÉTÉ",
+        "new\nline",
+        "a\x01b",
+        "ﬁne",
+    ]
     made = ["", " ", "?!", *odd]
     for _ in range(2 * _ROWS):
         some = [*rng.choice(words, rng.integers(1, 12)), *rng.choice(odd, rng.integers(0, 3))]

@@ -15,20 +15,21 @@ import numpy as np
 import onnx
 from skl2onnx import to_onnx
 from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType, StringTensorType
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import Pipeline
 
 from loaders.base import Artifact, InferError, Tensor
 from loaders.datatypes import bytes_of
 from loaders.prepare import NotPreparable
-from loaders.prepare.converted import Conversion, ConvertedLoader, Feed, write
+from loaders.prepare.converted import SEPARATOR, Conversion, ConvertedLoader, Feed, Words, write
 from loaders.prepare.probes import numeric, strings, texts
 from loaders.prepare.trees import exact, with_finite_thresholds
 from loaders.prepare.trust import Request, check_agreement, check_gain
 from loaders.sklearn import SklearnLoader, SklearnModel
 from loaders.sklearn_rows import Rows
 
-_OPSET: Final = {"": 21, "ai.onnx.ml": 3}
+_OPSET: Final = {"": 21, "ai.onnx.ml": 3, "com.microsoft": 1}
 _TYPES: Final = {"FP64": DoubleTensorType, "FP32": FloatTensorType, "BYTES": StringTensorType}
 _BEYOND_FP32: Final = 1e39
 _SINGLE_ROWS: Final = 4
@@ -44,6 +45,7 @@ def prepare(artifact: Artifact, folder: Path) -> None:
     """
     own = SklearnLoader().load(artifact)
     estimator = _convertible(own.estimator)
+    options, words = _cut_outside(estimator)
     requests = _Requests(own.estimator, own.rows)
     probes = list(requests.probes())
     reasons: dict[str, None] = {}
@@ -51,8 +53,8 @@ def prepare(artifact: Artifact, folder: Path) -> None:
         if widen and datatype == "FP32":
             continue
         try:
-            feeds = [_watched(feed, own, requests) for feed in _feeds(own.rows, names, datatype)]
-            graph = _graph(estimator, feeds, widen=widen)
+            feeds = [_watched(feed, own, requests) for feed in _feeds(own.rows, names, datatype, words)]
+            graph = _graph(estimator, feeds, options, widen=widen)
             write(_conversion(own, feeds, graph), graph.SerializeToString(), folder)
             conversion = ConvertedLoader().load(Artifact(folder))
             check_agreement(own, conversion, probes)
@@ -79,6 +81,22 @@ def _imputes_strings(step: Any) -> bool:
     return isinstance(step, SimpleImputer) and step.statistics_.dtype == object and step.indicator_ is None
 
 
+def _cut_outside(estimator: Any) -> tuple[dict[int, Any], dict[int, Words]]:
+    """Have words found before the graph: the vectorizers' options for skl2onnx, and by column what they did."""
+    first = estimator.steps[0][1] if hasattr(estimator, "steps") else estimator
+    parts = {0: first}
+    for name, step, _ in getattr(first, "transformers_", ()):
+        if len(columns := first._transformer_to_input_indices[name]):
+            parts[columns[0]] = step.steps[0][1] if isinstance(step, Pipeline) else step
+    options, words = {}, {}
+    for column, part in parts.items():
+        if isinstance(part, CountVectorizer) and part.analyzer == "word":
+            words[column] = Words(part.token_pattern, part.lowercase, tuple(sorted(part.get_stop_words() or ())))
+            options[id(part)] = {"separators": [SEPARATOR]}
+            part.lowercase, part.stop_words = False, None
+    return options, words
+
+
 def _layouts(rows: Rows) -> list[tuple[str, ...]]:
     """Inputs that a graph may have: one of all columns, or one for each under its name."""
     if rows.width is None:
@@ -87,12 +105,15 @@ def _layouts(rows: Rows) -> list[tuple[str, ...]]:
     return [each] if rows.texts else [(), each] if rows.names else [()]
 
 
-def _feeds(rows: Rows, names: tuple[str, ...], datatype: str) -> list[Feed]:
+def _feeds(rows: Rows, names: tuple[str, ...], datatype: str, words: Mapping[int, Words]) -> list[Feed]:
     if rows.width is None:
-        return [Feed("X", "BYTES", 0, 1)]
+        return [Feed("X", "BYTES", 0, 1, words=words.get(0))]
     if not names:
         return [Feed("X", datatype, 0, rows.width)]
-    return [Feed(name, "BYTES" if n in rows.texts else datatype, n, n + 1) for n, name in enumerate(names)]
+    kinds = ["BYTES" if n in rows.texts else datatype for n in range(len(names))]
+    return [
+        Feed(name, kind, n, n + 1, words=words.get(n)) for n, (name, kind) in enumerate(zip(names, kinds, strict=True))
+    ]
 
 
 def _watched(feed: Feed, own: SklearnModel, requests: _Requests) -> Feed:
@@ -115,13 +136,15 @@ def _is_answered(own: SklearnModel, request: Request) -> bool:
     return True
 
 
-def _graph(estimator: Any, feeds: Sequence[Feed], *, widen: bool) -> onnx.ModelProto:
+def _graph(estimator: Any, feeds: Sequence[Feed], options: dict[int, Any], *, widen: bool) -> onnx.ModelProto:
     graph: onnx.ModelProto
     types = [(feed.name, _TYPES[feed.datatype]([None, feed.stop - feed.start])) for feed in feeds]
+    how = {"initial_types": types, "target_opset": _OPSET}
     try:
-        graph = to_onnx(estimator, initial_types=types, options={id(estimator): {"zipmap": False}}, target_opset=_OPSET)
-    except NameError:  # skl2onnx: it has no such option
-        graph = to_onnx(estimator, initial_types=types, target_opset=_OPSET)
+        graph = to_onnx(estimator, options={id(estimator): {"zipmap": False}, **deepcopy(options)}, **how)
+    except NameError:  # skl2onnx: it has no such option, and must be told that it has none
+        last = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
+        graph = to_onnx(estimator, options={id(last): {}, **deepcopy(options)}, **how)
     exact(graph, estimator, is_double=any(feed.datatype == "FP64" for feed in feeds), widen=widen)
     return graph
 

@@ -19,12 +19,14 @@ from sklearn.ensemble import (
     RandomForestClassifier,
     RandomForestRegressor,
 )
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestCentroid
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, StandardScaler
-from sklearn.svm import SVC
+from sklearn.svm import SVC, LinearSVC
 
 from loaders.base import Artifact, InferError, LoadedModel, Tensor
 from loaders.prepare import Damaged, NotPreparable
@@ -142,12 +144,17 @@ def test_missing_values_go_where_the_trees_were_taught(both: Callable[[Any], Bot
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_what_does_not_convert_or_agree_is_refused(both: Callable[[Any], Both]) -> None:
-    from sklearn.neighbors import NearestCentroid
-
+def test_what_does_not_convert_is_refused(both: Callable[[Any], Both]) -> None:
     rows, classes = load_wine(return_X_y=True)
     with pytest.raises(NotPreparable, match="NearestCentroid"):
         both(NearestCentroid().fit(rows, classes))
+
+
+def test_a_wrong_graph_is_found_out(both: Callable[[Any], Both]) -> None:
+    # skl2onnx 1.20 takes the logarithm of 1 + tf for 1 + the logarithm of tf
+    estimator = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression())
+    with pytest.raises(NotPreparable, match="its conversion"):
+        both(estimator.fit(["free money free", "call me", "free prize", "lunch at noon"], [1, 0, 1, 0]))
 
 
 def test_a_damaged_graph_or_description_is_told(tmp_path: Path, both: Callable[[Any], Both]) -> None:
@@ -204,6 +211,34 @@ def test_columns_of_a_data_frame(both: Callable[[Any], Both], encoder: Any, fina
                 model.infer(wrong, ["predict"])
             assert refusal.value.bad_input
     assert _said(own, unknown) == _said(converted, unknown)
+
+
+@pytest.mark.parametrize(
+    "vectorizer",
+    [
+        TfidfVectorizer(),
+        TfidfVectorizer(ngram_range=(1, 2), stop_words="english"),
+        CountVectorizer(lowercase=False, token_pattern=r"[^ ]+"),
+    ],
+    ids=["defaults", "pairs without stop words", "own pattern"],
+)
+@pytest.mark.parametrize("final", [LogisticRegression(), LinearSVC()], ids=["logistic", "svm"])
+def test_texts(both: Callable[[Any], Both], vectorizer: Any, final: Any) -> None:
+    texts = [
+        "Free money now",
+        "Call me tomorrow",
+        "WIN a free prize",
+        "Größe und Maß",
+        "the lunch at noon",
+        "数据 is big",
+    ]
+    own, converted = both(make_pipeline(vectorizer, final).fit(texts, ["spam", "ham", "spam", "ham", "ham", "ham"]))
+    asked = [*texts, "", "FREE größe!", "don't e-mail: 3.14", "a\tfree\nlunch", "unheard-of"]
+    for some in (asked, *([text] for text in asked)):
+        request = {"x": np.array([text.encode() for text in some], object)}
+        assert _said(converted, request) == _said(own, request)
+    for wrong in (np.array([b"\xff"], object), np.array([], object)):
+        assert _said(converted, {"x": wrong}) is _said(own, {"x": wrong}) is True
 
 
 def census() -> tuple[pandas.DataFrame, Tensor]:
