@@ -97,6 +97,7 @@ class Runtime:
             limits,
             capacity_bytes=min(limits.capacity_bytes, status.capacityInBytes or limits.capacity_bytes),
             load_slots=min(limits.load_slots, status.maxLoadingConcurrency or limits.load_slots),
+            load_timeout_ms=max(limits.load_timeout_ms, status.modelLoadingTimeoutMs),
             labels=",".join(filter(None, (limits.labels, self.settings.labels))),
         )
 

@@ -109,10 +109,10 @@ async def test_sizes_are_predicted_and_then_told(tmp_path: Path, predicts: bool)
 
 
 async def test_the_pods_limits_are_the_servers(tmp_path: Path) -> None:
-    with FakeRuntime(tmp_path, capacity_bytes=4096, max_loading=1) as runtime:
+    with FakeRuntime(tmp_path, capacity_bytes=4096, max_loading=1, load_timeout_ms=200_000) as runtime:
         async with running("a", Loads(), labels="gpu=h200", **settings(runtime)) as mesh:
             limits = mesh.pods["a"].engine.limits
-            assert (limits.capacity_bytes, limits.load_slots) == (4096, 1)
+            assert (limits.capacity_bytes, limits.load_slots, limits.load_timeout_ms) == (4096, 1, 200_000)
             assert limits.labels == "gpu=h200,runtime=fake,runtime.tensorflow=yes,runtime.pmml=yes"
             status = await register(mesh, "m", size_bytes=5000)
             assert "needs 5000 bytes" in status.errors[0]
