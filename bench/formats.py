@@ -83,10 +83,14 @@ def times_table(rows: Iterable[Mapping[str, Any]]) -> str:
             if way == "prepared":
                 cells.append(f"{row['prepared_bytes'] / 1e3:,.0f}" if found else "")
             for figure in ("load_ms", "run_1_us", "run_32_us"):
-                cells.append(f"{found[figure]:,.3g} ({by_hand[figure] / found[figure]:.2g}x)" if found else "")
+                cells.append(f"{_short(found[figure])} ({_short(by_hand[figure] / found[figure])}x)" if found else "")
         cells.append(f"{max(way['difference'] for way in row['ways'].values()):.0e}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def sizes_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -93,6 +93,7 @@ def _measure(told: dict[str, Any], ways: dict[str, Way], kind: Kind, seconds: fl
                 predict(rows)
                 run_us = _seconds_per(lambda predict=predict, rows=rows: predict(rows), seconds) * 1e6  # type: ignore[misc]
                 figures[way].setdefault(f"run_{count}_us", []).append(run_us)
+            del predict  # threads of a session by hand spin for a while
     for way, found in figures.items():
         told[way] = {figure: median(values) for figure, values in found.items()}
 

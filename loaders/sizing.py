@@ -1,7 +1,7 @@
 """What models of one architecture took, against what was expected of them: the next one's estimate is corrected by it.
 
-An estimate is multiplied by the median of the last `_KEPT` ratios measured/expected of its architecture, or of models
-of its format and size if its own was never measured. One ratio of 1 is always among them, so that a single measurement
+An estimate is multiplied by the median of the last `_KEPT` ratios measured/expected of its architecture; where the file
+does not tell that, of models of its format and size. One ratio of 1 is always among them, so that a single measurement
 counts half (on a logarithmic scale) and one outlier among several not at all. Pure: what is measured comes in calls.
 """
 
@@ -24,16 +24,17 @@ _KEPT: Final = 8
 
 
 def keys_of(format_name: str, artifact: Artifact, expected_bytes: int) -> tuple[str, ...]:
-    """What an artifact is alike to, most like first: its architecture where its file tells that, its format and size;
-    empty: there is nothing to learn.
+    """What an artifact is alike to, most like first; empty: there is nothing to learn. An ONNX graph is like those of
+    its architecture alone: of one size are graphs whose estimates err either way.
 
     Raises:
         LoaderError: see `Loader.estimate_bytes`.
     """
     if format_name == "synthetic":  # takes what it is told to
         return ()
-    alike = f"{format_name} {artifact.path.suffix} {expected_bytes.bit_length()}"
-    return (architecture(artifact.path), alike) if format_name == "onnx" else (alike,)
+    if format_name == "onnx":
+        return (architecture(artifact.path),)
+    return (f"{format_name} {artifact.path.suffix} {expected_bytes.bit_length()}",)
 
 
 class Sizing:

@@ -95,6 +95,6 @@ def test_architectures_of_onnx_files(tmp_path: Path) -> None:
 
 def test_what_is_alike(tmp_path: Path) -> None:
     onnx = Artifact(graph(tmp_path / "a.onnx"))
-    assert keys_of("onnx", onnx, 5000) == (architecture(onnx.path), "onnx .onnx 13")
+    assert keys_of("onnx", onnx, 5000) == (architecture(onnx.path),)
     assert keys_of("sklearn", Artifact(Path("model.skops")), 8191) == ("sklearn .skops 13",)
     assert keys_of("synthetic", Artifact(Path("synthetic")), 5) == ()
