@@ -4,10 +4,11 @@ A model is loaded as it is at first. Then one child process of low priority conv
 hold the interpreter lock for seconds and may crash; the result is kept on disk under a digest of the model's bytes, and
 every later load of the same bytes, by any pod on the node, takes it and does not import the model's framework.
 
-    PREPARERS     format -> what makes its form, in the child           sklearn          one preparer each
-    FORMS         form -> its loader, in the pod                        converted        one form each
-    preparation   what is there, and what is to be made                 digests          files by content
-    child         the process, seen from the pod                        __main__         the process
+    PREPARERS     format -> what makes its form, in the child            sklearn, and what it needs: probes, trees
+    FORMS         form -> its loader, in the pod                         converted
+    preparation   what is there, and what is to be made                  digests: files by content
+    child         the process, seen from the pod                         __main__: the process
+    trust         when a conversion may take a model's place
 """
 
 from __future__ import annotations

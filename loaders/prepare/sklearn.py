@@ -60,6 +60,8 @@ def prepare(artifact: Artifact, folder: Path) -> None:
             check_agreement(own, conversion, probes)
             check_gain(own, conversion, [requests.usual(1), requests.usual(32)])
             return
+        except MemoryError:  # which may be there another time
+            raise
         except Exception as error:  # of a converter, for whatever it does not know
             reasons[" ".join(f"{type(error).__name__}: {error}".split())[:200]] = None
     raise NotPreparable("; ".join(reasons)[:1000])

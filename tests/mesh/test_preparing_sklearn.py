@@ -4,9 +4,11 @@ where they were prepared before, without scikit-learn."""
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas
 import skops.io
@@ -19,7 +21,10 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from mesh.local_cluster import LocalPod, ready
 from protos import inference_pb2 as v2
+from protos import management_pb2 as mm
 from tests.mesh.client import Client
+from tests.mesh.pods import Loads, running
+from tests.mesh.test_metrics import scrape
 
 DIGITS, LABELS = load_digits(return_X_y=True)
 PEOPLE = pandas.DataFrame({"age": [20.0, 30, 40, 50, 60, 70], "city": ["Bern", "Genf"] * 3})
@@ -57,6 +62,28 @@ async def answers(client: Client) -> list[Any]:
 def mapped(pod: LocalPod) -> str:
     """The files that a process has mapped: libraries among them."""
     return Path(f"/proc/{pod.pid}/maps").read_text()
+
+
+class Payload:
+    """Makes a directory when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+async def test_files_that_run_code_are_opened_by_nobody_without_permission(tmp_path: Path, loads: Loads) -> None:
+    joblib.dump(Payload(tmp_path / "ran"), tmp_path / "model.joblib")
+    async with running("a", loads, prepare=True, cache_dir=str(tmp_path / "cache")) as mesh:
+        info = mm.ModelInfo(type="sklearn", path=str(tmp_path / "model.joblib"))
+        request = mm.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True)
+        status = await mesh.clients["a"].call("registerModel", request)
+        assert "refused without --allow-code joblib" in status.errors[0]
+        assert not [name for name, _ in await scrape(mesh, "a") if name.startswith("densemesh_preparation")]
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_pod_serves_what_was_prepared_without_scikit_learn(tmp_path: Path) -> None:
