@@ -82,7 +82,7 @@ class LightgbmModel:
 
     def __init__(self, booster: lightgbm.Booster, artifact: Artifact) -> None:
         self.size_bytes = 0
-        self._booster = booster
+        self.booster = booster
         self._width = booster.num_feature()
         given = TensorSpec("input-0", "FP64", (-1, self._width))
         answer = self._predict(np.zeros((1, self._width)))
@@ -103,10 +103,10 @@ class LightgbmModel:
 
     def unload(self) -> None:
         with Change():
-            del self._booster
+            del self.booster
 
     def _predict(self, rows: Tensor) -> Tensor:
-        return np.asarray(self._booster.predict(rows), np.float64)
+        return np.asarray(self.booster.predict(rows), np.float64)
 
 
 def _reason(error: Exception) -> str:

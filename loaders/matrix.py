@@ -25,4 +25,6 @@ def matrix(inputs: Mapping[str, Tensor], width: int, dtype: npt.DTypeLike) -> np
         raise InferError("the model takes numbers, got BYTES", bad_input=True)
     if tensor.ndim != 2 or tensor.shape[1] != width:
         raise InferError(f"the model takes rows of {width} features, got shape {list(tensor.shape)}", bad_input=True)
+    if not len(tensor):
+        raise InferError("found array with 0 samples while a minimum of 1 is required", bad_input=True)
     return np.ascontiguousarray(tensor, dtype)

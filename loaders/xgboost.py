@@ -95,13 +95,13 @@ class XgboostModel:
         saved_by = json.loads(booster.attr("scikit_learn") or "{}")
         best = booster.attr("best_iteration")
         self.size_bytes = 0
-        self._booster = booster
+        self.booster = booster
         self._width = int(booster.num_features())
         self._linear = threading.Lock() if learner["gradient_booster"]["name"] == "gblinear" else None
-        self._rounds = (0, int(best) + 1) if saved_by and best else (0, 0)
-        self._is_classifier = saved_by.get("_estimator_type") == "classifier"
+        self.rounds = (0, int(best) + 1) if saved_by and best else (0, 0)
+        self.is_classifier = saved_by.get("_estimator_type") == "classifier"
         self._is_multilabel = int(learner["learner_model_param"]["num_target"]) > 1
-        if self._is_classifier and learner["objective"]["name"] == "multi:softmax":
+        if self.is_classifier and learner["objective"]["name"] == "multi:softmax":
             booster.set_param({"objective": "multi:softprob"})  # the same classes, and their probabilities
         self.signature = agreed(self._own_signature(), artifact)
 
@@ -122,7 +122,7 @@ class XgboostModel:
 
     def unload(self) -> None:
         with Change():
-            del self._booster
+            del self.booster
 
     def _own_signature(self) -> Signature:
         """Datatypes and widths as a prediction has them."""
@@ -130,19 +130,19 @@ class XgboostModel:
         scores = self._scores(np.zeros((1, self._width), np.float32))
         answer = self._answer(scores)
         outputs = [TensorSpec("predict", datatype_of(answer.dtype), (-1, *answer.shape[1:]))]
-        if self._is_classifier:
+        if self.is_classifier:
             outputs.append(TensorSpec("predict_proba", "FP32", (-1, *self._probabilities(scores).shape[1:])))
         return Signature((given,), tuple(outputs), platform="xgboost", lenient=True, default_outputs=("predict",))
 
     def _scores(self, rows: Tensor) -> Tensor:
         if self._linear is None:
-            return self._booster.inplace_predict(rows, iteration_range=self._rounds, validate_features=False)
+            return self.booster.inplace_predict(rows, iteration_range=self.rounds, validate_features=False)
         with self._linear:  # neither in place nor thread-safe
-            return self._booster.predict(xgboost.DMatrix(rows, nthread=1), validate_features=False)
+            return self.booster.predict(xgboost.DMatrix(rows, nthread=1), validate_features=False)
 
     def _answer(self, scores: Tensor) -> Tensor:
         """What `predict` of the interface that wrote the file makes of the booster's scores."""
-        if not self._is_classifier:
+        if not self.is_classifier:
             return scores
         several = scores.ndim == 2 and not self._is_multilabel
         return scores.argmax(axis=1) if several else (scores > 0.5).astype(np.int64)

@@ -48,6 +48,15 @@ class Preparer:
 
 PREPARERS: Final[dict[str, Preparer]] = {
     "onnx": Preparer("loaders.fleet.split:split", "shared", ("onnxruntime", "onnx"), max_bytes=1 << 30),
+    "lightgbm": Preparer(
+        "loaders.prepare.boosted:prepare_lightgbm", "converted", ("lightgbm", "onnx"), max_bytes=64 << 20
+    ),
+    "xgboost": Preparer(
+        "loaders.prepare.boosted:prepare_xgboost",
+        "converted",
+        ("xgboost-cpu", "onnx", "onnxruntime"),
+        max_bytes=64 << 20,
+    ),
     "sklearn": Preparer(
         "loaders.prepare.sklearn:prepare", "converted", ("scikit-learn", "onnx", "onnxruntime", "skl2onnx")
     ),
