@@ -63,6 +63,12 @@ LOADERS: Final[dict[str, Format]] = {
     ),
     "openvino": Format("loaders.openvino:OpenvinoLoader", (".xml",), begins=rb"(?:<\?xml[^>]*>\s*)?<net "),
     "lightgbm": Format("loaders.lightgbm:LightgbmLoader", (".txt", ".bst"), begins=rb"tree\r?\n"),
+    "safetensors": Format(
+        "loaders.safetensors:SafetensorsLoader",
+        (".safetensors",),
+        markers=("architecture.json", "skeleton.pt2"),
+        may_run="pt2",
+    ),
     "huggingface": Format(
         "loaders.huggingface:HuggingfaceLoader",
         markers=("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),

@@ -24,17 +24,14 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-import numpy as np
-
 from loaders.artifacts import agreed, parameters, reading
 from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
-from loaders.datatypes import DTYPES
 from loaders.memory.process import Change
 from loaders.taking_turns import framework_load
+from loaders.torch_tensors import DATATYPES, no_memory, one_thread, reason, to_numpy, to_torch
 
 try:
     import torch
@@ -42,21 +39,6 @@ try:
 except ImportError as missing:
     raise LoaderError("torch is not installed: pip install 'densemesh[torch]'") from missing
 
-_DATATYPES: Final = {
-    torch.bool: "BOOL",
-    torch.uint8: "UINT8",
-    torch.uint16: "UINT16",
-    torch.uint32: "UINT32",
-    torch.uint64: "UINT64",
-    torch.int8: "INT8",
-    torch.int16: "INT16",
-    torch.int32: "INT32",
-    torch.int64: "INT64",
-    torch.float16: "FP16",
-    torch.bfloat16: "BF16",
-    torch.float32: "FP32",
-    torch.float64: "FP64",
-}
 _POSITIONAL: Final = re.compile(r".*__(\d+)")
 
 _OPERATION: Final = re.compile(r"getattr\(|\bself\.\w|(?<![\w.])(?:torch|ops)\.\w|(?<=[(=,] )\[|(?<=\()\[")
@@ -73,9 +55,7 @@ class TorchLoader:
     """Reads `.pt2` and TorchScript `.pt`; loads one model at a time."""
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)
-        with suppress(RuntimeError):  # can be set only before the first parallel work, by us or another user of torch
-            torch.set_num_interop_threads(1)
+        one_thread()
 
     def estimate_bytes(self, artifact: Artifact) -> int:
         parameters(artifact, "torch")
@@ -94,8 +74,7 @@ class TorchLoader:
             except LoaderError:
                 raise
             except Exception as error:
-                no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
-                raise LoaderError(f"{artifact.path.name}: {_reason(error)}", retryable=no_memory) from error
+                raise LoaderError(f"{artifact.path.name}: {reason(error)}", retryable=no_memory(error)) from error
 
 
 def _script_nodes(archive: zipfile.ZipFile) -> int:
@@ -136,16 +115,16 @@ class TorchModel:
         if self.signature.lenient and len(inputs) == 1:
             inputs = dict.fromkeys(self._inputs, *inputs.values())
         try:
-            feeds = {name: _to_torch(tensor) for name, tensor in inputs.items()}
+            feeds = {name: to_torch(tensor) for name, tensor in inputs.items()}
             with torch.inference_mode():
                 found = _by_name(self._call(feeds), self._outputs)
-            return {name: _to_numpy(found[name]) for name in outputs}
+            return {name: to_numpy(found[name]) for name in outputs}
         except InferError:
             raise
         except Exception as error:
             guard = isinstance(error, AssertionError | ValueError | IndexError)
-            no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            raise InferError(_reason(error), bad_input=guard or (self.signature.lenient and not no_memory)) from error
+            bad_input = guard or (self.signature.lenient and not no_memory(error))
+            raise InferError(reason(error), bad_input=bad_input) from error
 
     def unload(self) -> None:
         """Free the weights now; a graph in reference cycles (4 kB a node) waits for the garbage collector.
@@ -160,13 +139,7 @@ class TorchModel:
 
 def _read_exported(artifact: Artifact) -> TorchModel:
     program = torch.export.load(artifact.path)
-    takes = [_exported_spec(program, name) for name in program.graph_signature.user_inputs]
-    gives = [_exported_spec(program, name) for name in program.graph_signature.user_outputs]
-    tree = _pytree.tree_unflatten(list(range(len(gives))), program.call_spec.out_spec)
-    is_dict = isinstance(tree, dict) and all(isinstance(place, int) for place in tree.values())
-    keys = {place: str(key) for key, place in tree.items()} if is_dict else {}
-    gives = [replace(spec, name=keys.get(i, f"OUTPUT__{i}")) for i, spec in enumerate(gives)]
-
+    takes, gives, is_dict = interface(program)
     order = _positions(artifact.inputs, len(takes))
     takes_names = tuple(spec.name for spec in order) if order else tuple(spec.name for spec in takes)
     takes = [replace(spec, name=name) for spec, name in zip(takes, takes_names, strict=True)]
@@ -188,9 +161,23 @@ def _read_exported(artifact: Artifact) -> TorchModel:
     return TorchModel(module, call, signature, (takes_names, gives_names), size_bytes)
 
 
+def interface(program: torch.export.ExportedProgram) -> tuple[list[TensorSpec], list[TensorSpec], bool]:
+    """What a program takes and gives, in its order, and whether it gives a dict.
+
+    Raises:
+        LoaderError: something else than tensors.
+    """
+    takes = [_exported_spec(program, name) for name in program.graph_signature.user_inputs]
+    gives = [_exported_spec(program, name) for name in program.graph_signature.user_outputs]
+    tree = _pytree.tree_unflatten(list(range(len(gives))), program.call_spec.out_spec)
+    is_dict = isinstance(tree, dict) and all(isinstance(place, int) for place in tree.values())
+    keys = {place: str(key) for key, place in tree.items()} if is_dict else {}
+    return takes, [replace(spec, name=keys.get(i, f"OUTPUT__{i}")) for i, spec in enumerate(gives)], is_dict
+
+
 def _exported_spec(program: torch.export.ExportedProgram, name: object) -> TensorSpec:
     value = next((node.meta.get("val") for node in program.graph.nodes if node.name == name), None)
-    datatype = _DATATYPES.get(value.dtype) if isinstance(value, torch.Tensor) else None
+    datatype = DATATYPES.get(value.dtype) if isinstance(value, torch.Tensor) else None
     if value is None or datatype is None:
         raise LoaderError(f"{name!r} of the exported program is no tensor of a V2 datatype")
     return TensorSpec(str(name), datatype, tuple(size if isinstance(size, int) else -1 for size in value.shape))
@@ -255,25 +242,6 @@ def _by_name(result: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _to_torch(array: Tensor) -> torch.Tensor:
-    # Tensors cannot be read-only: a model that writes to its input must not write to the request's buffer.
-    array = array if array.flags.writeable else array.copy()
-    if array.dtype == DTYPES["BF16"]:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    if array.dtype == object:
-        raise InferError("PyTorch takes no BYTES tensors", bad_input=True)
-    return torch.from_numpy(array)
-
-
-def _to_numpy(tensor: torch.Tensor) -> Tensor:
-    if tensor.dtype not in _DATATYPES:
-        raise InferError(f"the model answered {tensor.dtype}, which has no V2 datatype", bad_input=False)
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(DTYPES["BF16"])
-    return tensor.numpy()
-
-
 def _tensors(module: Any) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
@@ -282,9 +250,3 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _reason(error: Exception) -> str:
-    """The last sentence of torch's message, which follows TorchScript's traceback; the type if there is none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:500]

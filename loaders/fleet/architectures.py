@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from loaders.artifacts import reading
 from loaders.base import Signature
 from loaders.onnx_file import NODE_BYTES, SESSION_BYTES
 from loaders.prepare import Damaged
+from loaders.sharing import InUse
 
 SKELETON_FILE: Final = "skeleton.onnx"
 WEIGHTS_FILE: Final = "model.weights"
@@ -81,42 +80,5 @@ class Architecture:
         """Of these, the ones that have a session of their own."""
 
 
-class Architectures:
-    """Those in use."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._in_use: dict[str, Architecture] = {}
-
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._in_use
-
-    def take(self, digest: str, build: Callable[[], Architecture]) -> tuple[Architecture, bool]:
-        """The architecture for one more model, and whether it is its first. Each `take` is made up for by one `drop`.
-
-        Raises:
-            LoaderError: from `build`.
-        """
-        with self._lock:  # building one takes 0.2 to 35 ms; whoever waits most likely wants the same
-            architecture = self._in_use.get(digest)
-            is_first = architecture is None
-            if architecture is None:
-                architecture = self._in_use[digest] = build()
-            architecture.models += 1
-            return architecture, is_first
-
-    def drop(self, architecture: Architecture) -> None:
-        """One model less."""
-        with self._lock:
-            architecture.models -= 1
-            if not architecture.models:
-                del self._in_use[architecture.digest]
-
-    def in_use(self) -> list[Architecture]:
-        """For those who watch."""
-        with self._lock:
-            return list(self._in_use.values())
-
-
-architectures: Final = Architectures()
+architectures: Final = InUse[Architecture]()
 """Of this process."""

@@ -26,20 +26,23 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def map_file(number: int, size_bytes: int) -> Run:
+def map_file(number: int, size_bytes: int, *, own: bool = False) -> Run:
     """The first bytes of an open file, which may be closed then; unmapped when the last view of them is gone.
+
+    `own`: they may be written to, and pages that are become the process's own. Some frameworks insist on that.
 
     Raises:
         OSError
     """
-    address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, number, 0)
+    access, kind = (mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE) if own else (mmap.PROT_READ, mmap.MAP_SHARED)
+    address = _libc.mmap(None, size_bytes, access, kind, number, 0)
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     buffer = _bytes_type(size_bytes).from_address(address)
     weakref.finalize(buffer, _libc.munmap, address, size_bytes).atexit = False  # a thread may still run on it
     mapped = np.frombuffer(buffer, np.uint8)
-    mapped.flags.writeable = False
+    mapped.flags.writeable = own
     return mapped
 
 

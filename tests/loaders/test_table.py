@@ -17,6 +17,7 @@ FRAMEWORKS = {
     "xgboost": "xgboost",
     "lightgbm": "lightgbm",
     "openvino": "openvino",
+    "safetensors": "torch",
     "huggingface": "torch",
     "mlflow": "yaml",
 }

@@ -88,11 +88,32 @@ def openvino_classifier(folder: Path) -> tuple[Array, Answers]:
     return rows[:40].astype(np.float32), {"probability": model.predict_proba(rows[:40] / 100)[:, 1:]}
 
 
+def safetensors_network(folder: Path) -> tuple[Array, Answers]:
+    import torch
+    from safetensors.torch import save_file
+
+    rows, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(labels)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 10))
+    optimiser = torch.optim.Adam(model.parameters())
+    for _ in range(50):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    layers = [{"linear": "0"}, "gelu", {"linear": "2"}]
+    declared = {"input": {"shape": [-1, 64]}, "output": "logits", "layers": layers}
+    (folder / "architecture.json").write_text(json.dumps(declared))
+    return rows[:40].astype(np.float32), {"logits": model(x[:40]).detach().numpy()}
+
+
 FORMATS: Final[dict[str, tuple[str, str, Callable[[Path], tuple[Array, Answers]]]]] = {
     "xgboost_classifier": ("xgboost", "mlserver_xgboost.XGBoostModel", xgboost_classifier),
     "xgboost_regressor": ("xgboost", "", xgboost_regressor),
     "lightgbm_classifier": ("lightgbm", "mlserver_lightgbm.LightGBMModel", lightgbm_classifier),
     "openvino_classifier": ("openvino", "", openvino_classifier),
+    "safetensors_network": ("safetensors", "", safetensors_network),
     "mlflow_classifier": ("mlflow", "mlserver_mlflow.MLflowRuntime", mlflow_classifier),
 }
 """By model: its format, MLServer's implementation of it if any, and what makes it."""

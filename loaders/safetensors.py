@@ -1,0 +1,197 @@
+"""Weights in `.safetensors` files, many tenants' for one architecture, of which a process has one skeleton.
+
+The architecture is, in this order,
+
+- parameter `architecture`: what `loaders.skeletons.network` declares, which is data;
+- `architecture.json` in the file's directory: the same;
+- `skeleton.pt2` there, or the file that parameter `skeleton` names: a `torch.export`ed program, which can run its
+  author's code, so that it needs `--allow-code pt2` (`loaders.skeletons.exported`).
+
+Names, datatypes and shapes of the file must be those that the architecture has. The file is mapped, so activating a
+model costs no copy; it must stay until the model is unloaded. CPU only.
+
+Parameter `together: false` makes it an architecture whose models are never run in one call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from loaders.artifacts import agreed, parameters, reading
+from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor
+from loaders.memory.layout import ITEM_BYTES
+from loaders.memory.mapping import map_file
+from loaders.memory.process import Change
+from loaders.skeletons.header import Header, read_header
+
+try:
+    import torch
+
+    from loaders.skeletons.base import Skeleton, Views
+    from loaders.skeletons.exported import Exported, digest_of
+    from loaders.skeletons.family import Family, families
+    from loaders.skeletons.network import MAX_DECLARED_BYTES, Network, declared_in
+    from loaders.torch_tensors import TORCH_DTYPES, no_memory, one_thread, reason, to_numpy, to_torch
+except ImportError as missing:
+    raise LoaderError("torch is not installed: pip install 'densemesh[safetensors]'") from missing
+
+DECLARATION: Final = "architecture.json"
+SKELETON: Final = "skeleton.pt2"
+_MODEL_BYTES: Final = 4_000
+_TENSOR_BYTES: Final = 900
+_DECLARED_BYTES, _EXPORTED_BYTES = 20_000, 100_000
+"""What is expected of a skeleton that is not here yet."""
+
+
+class SafetensorsLoader:
+    """Reads `.safetensors`, or a directory with one and its architecture."""
+
+    def __init__(self) -> None:
+        one_thread()
+
+    def estimate_bytes(self, artifact: Artifact) -> int:
+        path = _weights_in(artifact.path)
+        header = read_header(path)
+        architecture = _architecture(artifact, path, header)
+        return _bytes(header) + (0 if architecture.digest in families else architecture.expected_bytes)
+
+    def load(self, artifact: Artifact) -> SafetensorsModel:
+        path = _weights_in(artifact.path)
+        header = read_header(path)
+        digest, _, build = _architecture(artifact, path, header)
+        with Change():
+            family, is_first = families.take(digest, lambda: Family(digest, build(), header.layout))
+            try:
+                declares = artifact.inputs or artifact.outputs
+                own = family.skeleton.signature
+                signature = agreed(own, artifact) if declares else own
+                size_bytes = _bytes(header) + (family.skeleton.size_bytes if is_first else 0)
+                return SafetensorsModel(family, signature, size_bytes, mapped(path, header))
+            except BaseException:
+                families.drop(family)
+                raise
+
+
+class SafetensorsModel:
+    """Weights, wherever they lie, and the skeleton that computes with them."""
+
+    waits: Final = 0
+
+    def __init__(self, family: Family, signature: Signature, size_bytes: int, weights: Views) -> None:
+        self.signature = signature
+        self.size_bytes = size_bytes
+        self.family = family
+        self.weights = weights
+
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+        """Run once.
+
+        Raises:
+            InferError: torch's reason; `bad_input` unless memory ran out: weights and architecture were checked, so
+                what remains is sizes that the signature leaves free, and values (an index beyond an embedding).
+        """
+        try:
+            with torch.inference_mode():
+                feeds = {name: to_torch(tensor) for name, tensor in inputs.items()}
+                found = self.family.skeleton.run(self.weights, feeds)
+            return {name: to_numpy(found[name]) for name in outputs}
+        except InferError:
+            raise
+        except Exception as error:
+            raise InferError(reason(error), bad_input=not no_memory(error)) from error
+
+    def unload(self) -> None:
+        with Change():
+            self.weights = {}
+            families.drop(self.family)
+
+
+def mapped(path: Path, header: Header) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, over its mapped bytes. Whoever writes to one has pages of its own.
+
+    Raises:
+        LoaderError: it cannot be mapped, or has become shorter.
+    """
+    size_bytes = header.data_start + header.data_bytes
+    with reading(path), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != size_bytes:
+            raise LoaderError(f"{path.name} has changed while it was read", retryable=True)
+        run = torch.from_numpy(map_file(file.fileno(), size_bytes, own=True))
+    return {
+        place.name: _aligned(run[header.data_start + place.offset : header.data_start + place.end], place.datatype)
+        .view(TORCH_DTYPES[place.datatype])
+        .reshape(place.shape)
+        for place in header.layout.places
+    }
+
+
+def _aligned(run: torch.Tensor, datatype: str) -> torch.Tensor:
+    """Files of other writers than safetensors' own may have tensors at odd addresses."""
+    return (
+        run
+        if run.data_ptr() % ITEM_BYTES[datatype] == 0 and run.storage_offset() % ITEM_BYTES[datatype] == 0
+        else run.clone()
+    )
+
+
+def _bytes(header: Header) -> int:
+    return header.data_bytes + _MODEL_BYTES + _TENSOR_BYTES * len(header.layout.places)
+
+
+def _weights_in(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    with reading(path):
+        found = sorted(each.name for each in path.iterdir() if each.suffix == ".safetensors")
+    if "model.safetensors" in found:
+        return path / "model.safetensors"
+    if len(found) != 1:
+        raise LoaderError(f"{path.name} holds {len(found)} .safetensors files: expected one, or model.safetensors")
+    return path / found[0]
+
+
+class _Architecture(NamedTuple):
+    digest: str
+    expected_bytes: int
+    """Of its skeleton."""
+    build: Callable[[], Skeleton]
+
+
+def _architecture(artifact: Artifact, weights: Path, header: Header) -> _Architecture:
+    own = parameters(artifact, "safetensors", "architecture", "skeleton", "together")
+    together, name = own.get("together", True), own.get("skeleton", SKELETON)
+    if not isinstance(together, bool):
+        raise LoaderError(f"parameter 'together' is {together!r}: expected true or false")
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".pt2"):
+        raise LoaderError(f"parameter 'skeleton' is {name!r}: expected the name of a .pt2 file beside the weights")
+    layout, told = header.layout, f"{header.layout.key} {together}"
+    declared, path = own.get("architecture"), weights.with_name(name)
+    if declared is None and "skeleton" not in own:
+        declared = _declared_beside(weights)
+    if declared is not None:
+        text = json.dumps(declared, sort_keys=True)
+        digest = hashlib.sha256(f"{told} {text}".encode()).hexdigest()
+        return _Architecture(digest, _DECLARED_BYTES, lambda: Network(declared, layout))
+    if not path.is_file():
+        expected = f"parameter 'architecture', or {DECLARATION} or {SKELETON} in its directory"
+        raise LoaderError(f"{weights.name} comes without an architecture: expected {expected}")
+    if "pt2" not in artifact.allowed_code:
+        raise LoaderError(f"{path.name} can run its author's code when loaded: refused without --allow-code pt2")
+    digest = hashlib.sha256(f"{told} {digest_of(path)}".encode()).hexdigest()
+    return _Architecture(digest, _EXPORTED_BYTES, lambda: Exported(path, layout))
+
+
+def _declared_beside(weights: Path) -> Any:
+    path = weights.with_name(DECLARATION)
+    if not path.is_file():
+        return None
+    with reading(path), path.open("rb") as file:
+        text = file.read(MAX_DECLARED_BYTES + 1)
+    if len(text) > MAX_DECLARED_BYTES:
+        raise LoaderError(f"{DECLARATION}: expected at most {MAX_DECLARED_BYTES} bytes")
+    return declared_in(text)
