@@ -74,6 +74,12 @@ LOADERS: Final[dict[str, Format]] = {
         markers=("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
         runs_code={"pytorch_model.bin": "bin"},
     ),
+    "tensorflow": Format(
+        "loaders.tensorflow:TensorflowLoader",
+        markers=("saved_model.pb",),
+        runs_code={"saved_model.pb": "tensorflow"},
+    ),
+    "keras": Format("loaders.keras:KerasLoader", (".keras",), runs_code={".keras": "keras"}),
     "synthetic": Format("loaders.synthetic:SyntheticLoader", (".synthetic.json",)),
 }
 

@@ -18,6 +18,8 @@ FRAMEWORKS = {
     "lightgbm": "lightgbm",
     "openvino": "openvino",
     "safetensors": "torch",
+    "tensorflow": "tensorflow",
+    "keras": "keras",
     "huggingface": "torch",
     "mlflow": "yaml",
 }
