@@ -108,12 +108,43 @@ def safetensors_network(folder: Path) -> tuple[Array, Answers]:
     return rows[:40].astype(np.float32), {"logits": model(x[:40]).detach().numpy()}
 
 
+def tensorflow_classifier(folder: Path) -> tuple[Array, Answers]:
+    import tensorflow
+
+    rows, labels = load_breast_cancer(return_X_y=True)
+    rows = (rows / rows.max(0)).astype(np.float32)
+    module = tensorflow.Module()
+    module.weights = tensorflow.Variable(np.linalg.lstsq(rows, labels * 2.0 - 1, rcond=None)[0][:, None].astype("f4"))
+    takes = tensorflow.TensorSpec([None, 30], tensorflow.float32, name="x")
+    serve = tensorflow.function(lambda x: {"score": x @ module.weights}, input_signature=[takes])
+    tensorflow.saved_model.save(module, str(folder / "model.savedmodel"), signatures={"serving_default": serve})
+    return rows[:40], {"score": serve(rows[:40])["score"].numpy()}
+
+
+def keras_classifier(folder: Path) -> tuple[Array, Answers]:
+    import os
+
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    import keras
+
+    rows, labels = load_breast_cancer(return_X_y=True)
+    rows = (rows / rows.max(0)).astype(np.float32)
+    given = keras.Input((30,), name="x")
+    model = keras.Model(given, keras.layers.Dense(1, "sigmoid", name="score")(given))
+    model.compile("adam", "binary_crossentropy")
+    model.fit(rows, labels, verbose=0)
+    model.save(folder / "model.keras")
+    return rows[:40], {"score": model.predict(rows[:40], verbose=0)}
+
+
 FORMATS: Final[dict[str, tuple[str, str, Callable[[Path], tuple[Array, Answers]]]]] = {
     "xgboost_classifier": ("xgboost", "mlserver_xgboost.XGBoostModel", xgboost_classifier),
     "xgboost_regressor": ("xgboost", "", xgboost_regressor),
     "lightgbm_classifier": ("lightgbm", "mlserver_lightgbm.LightGBMModel", lightgbm_classifier),
     "openvino_classifier": ("openvino", "", openvino_classifier),
     "safetensors_network": ("safetensors", "", safetensors_network),
+    "tensorflow_classifier": ("tensorflow", "", tensorflow_classifier),
+    "keras_classifier": ("keras", "", keras_classifier),
     "mlflow_classifier": ("mlflow", "mlserver_mlflow.MLflowRuntime", mlflow_classifier),
 }
 """By model: its format, MLServer's implementation of it if any, and what makes it."""
@@ -122,6 +153,11 @@ FORMATS: Final[dict[str, tuple[str, str, Callable[[Path], tuple[Array, Answers]]
 @pytest.fixture(scope="module")
 def frontend() -> str:
     return "h2"
+
+
+@pytest.fixture(scope="module")
+def pod_settings() -> dict[str, str]:
+    return {"allow_code": "tensorflow,keras"}
 
 
 @pytest.fixture(scope="module")
