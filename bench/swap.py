@@ -136,6 +136,7 @@ class Swapping:
     lost_bytes: list[int] = field(default_factory=list)
     """Free when refused although there was enough, 0 for the other swaps."""
     took_us: list[float] = field(default_factory=list)
+    brought_bytes: int = 0
 
     def bring(self, key: int) -> None:
         lost, took = 0, 0.0
@@ -156,6 +157,7 @@ class Swapping:
             self.store.drop(goes, self.store.device)
             took += time.perf_counter() - begun
         self.used[key] = None
+        self.brought_bytes += needed
         self.lost_bytes.append(lost)
         self.took_us.append(took * 1e6)
 
@@ -203,6 +205,7 @@ def fragmentation(swaps: int, seed: int, arena_bytes: int) -> dict[str, float]:
         "refused_percent": 100 * sum(lost > 0 for lost in swapping.lost_bytes) / swaps,
         "lost_percent": 100 * mean(swapping.lost_bytes) / capacity,
         "lost_max_percent": 100 * max(swapping.lost_bytes) / capacity,
+        "moved_within_percent": 100 * store.device.compacted_bytes / swapping.brought_bytes,
         "spans_mean": mean(spans),
         "spans_max": max(spans),
     }
@@ -243,14 +246,17 @@ def main() -> int:
         row = figures["overhead"][case] = overhead(architecture, shared, max(asked.swaps // 100, 10))
         times = f"{row['swap_ms']:.3f} | {row['memmove_ms']:.3f} | {row['of_memmove']:.2f}"
         print(f"| {case} | {row['engine_us']:.0f} | {row['overhead_us']:.0f} | {times} |")
-    print("\n| seed | models | GB (unique) | swap us | p99 us | refused % | lost % | at most | spans (at most) |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "\n| seed | models | GB (unique) | swap us | p99 us | refused % | lost % | at most | moved % | spans (most) |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for seed in range(1, asked.seeds + 1):
         row = figures["fragmentation"][seed] = fragmentation(asked.swaps, seed, asked.arena_gib * GIB)
         size = f"{row['models']} | {row['fleet_gb']:.0f} ({row['unique_gb']:.0f})"
         cost = f"{row['swap_us']:.0f} | {row['swap_p99_us']:.0f}"
         lost = f"{row['refused_percent']:.1f} | {row['lost_percent']:.2f} | {row['lost_max_percent']:.2f}"
-        print(f"| {seed} | {size} | {cost} | {lost} | {row['spans_mean']:.1f} ({row['spans_max']}) |")
+        moved = f"{row['moved_within_percent']:.1f}"
+        print(f"| {seed} | {size} | {cost} | {lost} | {moved} | {row['spans_mean']:.1f} ({row['spans_max']}) |")
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

@@ -11,7 +11,7 @@ other size. Whatever is taken is a multiple of 512 bytes, so that nothing is los
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 GRANULE: Final = 512
@@ -95,6 +95,18 @@ class Arena:
             size_bytes += self._remove_hole(before)
             offset = before
         self._add_hole(offset, size_bytes)
+
+    def holes(self) -> Iterator[Extent]:
+        """In no order."""
+        return (Extent(offset, size_bytes) for offset, size_bytes in self._holes.items())
+
+    def take_hole(self, offset: int) -> None:
+        """The whole hole that begins there.
+
+        Raises:
+            KeyError: none does.
+        """
+        self._taken[offset] = self._remove_hole(offset)
 
     def _in_order(self, ends: Sequence[int]) -> list[Extent] | None:
         pieces: list[Extent] = []

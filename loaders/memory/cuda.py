@@ -96,6 +96,10 @@ class CudaDevice:
     def down(self, moves: Sequence[Move]) -> CudaCopying:
         return self._start(self._streams[1], self.arena, self._pinned, moves)
 
+    def shift(self, moves: Sequence[Move], in_slab: bool) -> CudaCopying:
+        memory = self._pinned if in_slab else self.arena
+        return self._start(self._streams[0], memory, memory, moves)
+
     def views(self, layout: Layout, spans: Sequence[Span]) -> Mapping[str, torch.Tensor]:
         return tensor_views(self.arena, layout, spans)
 

@@ -101,6 +101,10 @@ class Device(Protocol):
         """Start to copy from the arena into the slab; as `up`."""
         ...
 
+    def shift(self, moves: Sequence[Move], in_slab: bool) -> Copying:
+        """Start to copy within the arena or within the slab; no source meets a target. Errors as `up`."""
+        ...
+
     def views(self, layout: Layout, spans: Sequence[Span]) -> Mapping[str, Any]:
         """The tensors of a layout by name, over the arena where its bytes lie: what the device's framework computes
         with (numpy arrays, torch tensors). Nothing is copied."""

@@ -21,6 +21,8 @@ from loaders.memory.host import HostDevice
 from loaders.memory.layout import Layout
 
 LINK_BYTES_PER_S: Final = 50e9
+MEMORY_BYTES_PER_S: Final = 2e12
+"""Of copies within the device."""
 COPY_LATENCY_S: Final = 8e-6
 
 
@@ -121,12 +123,16 @@ class FakeDevice(HostDevice):
         self._moves_bytes = moves_bytes
         self._up = Link(self.clock, link_bytes_per_s, copy_latency_s, burst_bytes)
         self._down = Link(self.clock, link_bytes_per_s, copy_latency_s, burst_bytes)
+        self._within = Link(self.clock, MEMORY_BYTES_PER_S, copy_latency_s, 0.0)
 
     def up(self, moves: Sequence[Move]) -> FakeCopying:  # type: ignore[override]
         return self._start(self._up, moves, super().up)
 
     def down(self, moves: Sequence[Move]) -> FakeCopying:  # type: ignore[override]
         return self._start(self._down, moves, super().down)
+
+    def shift(self, moves: Sequence[Move], in_slab: bool) -> FakeCopying:  # type: ignore[override]
+        return self._start(self._within, moves, lambda moves: HostDevice.shift(self, moves, in_slab))
 
     def views(self, layout: Layout, spans: Sequence[Span]) -> Mapping[str, Tensor]:
         return super().views(layout, spans) if self._moves_bytes else {}
@@ -148,7 +154,7 @@ class FakeDevice(HostDevice):
             if self._moves_bytes:
                 copy(moves)
                 if fault is Fault.CORRUPT:
-                    (self.arena if link is self._up else self.slab)[moves[0].target] ^= 1
+                    (self.slab if link is self._down else self.arena)[moves[0].target] ^= 1
 
         with link.lock:
             copying = FakeCopying(link, link.take(sum(move.size_bytes for move in moves)), end)

@@ -48,6 +48,12 @@ class HostDevice:
             ctypes.memmove(self._slab + target, self._arena + source, size_bytes)
         return Done()
 
+    def shift(self, moves: Sequence[Move], in_slab: bool) -> Done:
+        memory = self._slab if in_slab else self._arena
+        for source, target, size_bytes in moves:
+            ctypes.memmove(memory + target, memory + source, size_bytes)
+        return Done()
+
     def views(self, layout: Layout, spans: Sequence[Span]) -> Mapping[str, Tensor]:
         """Read-only: one tensor's bytes may be several models'."""
         from loaders.memory.arrays import WEIGHT_DTYPES

@@ -4,9 +4,10 @@
     promote   host -> device        demote    device -> host        drop      out of one of them
 
 A method blocks the thread that calls it until the bytes are there; several may run at once, from any threads. One lock
-guards the books and is held for microseconds, never while bytes move. What a transfer reads or writes is not given away
-before it has ended; a model in use (`using`) is not dropped. A copy that fails leaves the books as they were. A device
-that is lost is fenced: whatever needs it is refused, its models can still be dropped, and the host tier lives on.
+guards the books and is held for microseconds; while bytes move only if it is within a tier, to join what is free
+(`compaction`). What a transfer reads or writes is not given away before it has ended; a model in use (`using`) is not
+dropped or moved. A copy that fails leaves the books as they were. A device that is lost is fenced: whatever needs it is
+refused, its models can still be dropped, and the host tier lives on.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from contextlib import contextmanager, suppress
 from typing import Final, Protocol
 
 from loaders.base import LoaderError
+from loaders.memory.compaction import make_hole
 from loaders.memory.dedup import Catalogue, Known, ModelKey, Part
 from loaders.memory.device import CopyFailed, Copying, Device, DeviceLost, Move, placed
 from loaders.memory.slots import Slot, Slots
-from loaders.memory.tier import Filling, Resident, Rows, Tier, Usage, moves_between, moves_of, rows_of
+from loaders.memory.tier import Filling, NoRoom, Resident, Rows, Tier, Usage, moves_between, moves_of, rows_of
 from loaders.memory.weights_index import Contents, CorruptWeights
 
 BUFFER_BYTES: Final = 16 << 20
@@ -142,7 +144,8 @@ class Store:
             resident = self._here(key, self.device)
             resident.pins += 1
         try:
-            assert resident.slot is not None
+            if resident.slot is None:  # it was moved
+                resident.slot = self.slots.at(resident.known.layout, resident.spans)
             yield resident.slot
         except DeviceLost as error:
             self.lost = self.lost or str(error)
@@ -255,7 +258,7 @@ class Store:
                 raise ValueError(f"{key!r} is in the {target.name}'s memory already")
             known = self._catalogue.add(key, contents)
             try:
-                resident, missing = target.place(known, filling)
+                resident, missing = self._place(known, filling, target)
             except LoaderError:
                 self._forget(known)
                 raise
@@ -292,6 +295,24 @@ class Store:
             self._arrived.wait_for(lambda other=other: other.ended)  # type: ignore[misc]
             if other.error is not None:
                 raise CopyFailed(f"bytes that it shares with another model did not arrive: {other.error}")
+
+    def _place(self, known: Known, filling: Filling, target: Tier) -> tuple[Resident, list[Part]]:
+        try:
+            return target.place(known, filling)
+        except NoRoom as no_room:
+            if target.arena.free_bytes >= no_room.needed_bytes:
+                for hole_bytes in (no_room.needed_bytes, no_room.largest_bytes):
+                    if make_hole(target, hole_bytes, lambda moves: self._shift(target, moves)):
+                        with suppress(NoRoom):
+                            return target.place(known, filling)
+            raise
+
+    def _shift(self, tier: Tier, moves: Sequence[Move]) -> None:
+        try:
+            self._port.shift(moves, in_slab=tier is self.host).wait()
+        except DeviceLost as error:
+            self.lost = self.lost or str(error)
+            raise
 
     def _here(self, key: ModelKey, tier: Tier) -> Resident:
         resident = tier.models.get(key)

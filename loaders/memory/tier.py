@@ -17,8 +17,11 @@ from loaders.memory.slots import Slot
 class NoRoom(LoaderError):
     """The tier is full; retryable, because room may be made."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, needed_bytes: int, largest_bytes: int) -> None:
         super().__init__(message, retryable=True)
+        self.needed_bytes = needed_bytes
+        self.largest_bytes = largest_bytes
+        """Of what cannot be cut."""
 
 
 class TooLarge(LoaderError):
@@ -56,7 +59,7 @@ class Resident:
     here: bool = False
     """All its bytes have arrived."""
     slot: Slot | None = None
-    """On a device."""
+    """On a device; None: not made yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ class Tier:
         self.arena = Arena(capacity_bytes)
         self.models: dict[ModelKey, Resident] = {}
         self.parts: dict[Part, Stored] = {}
+        self.compacted_bytes = 0
+        """Moved within the tier so far, so that others fit."""
 
     def place(self, known: Known, filling: Filling) -> tuple[Resident, list[Part]]:
         """Take room for what of a model is not here yet; those parts.
@@ -115,6 +120,12 @@ class Tier:
             for piece, extents in zip(pieces, self._shared_out(pieces, stored.extents), strict=True):
                 self.parts[piece] = Stored(extents, dict(stored.models), stored.filling)
 
+    def place_anew(self, keys: Iterable[ModelKey]) -> None:
+        """Parts of those models lie elsewhere now."""
+        for key in keys:
+            resident = self.models[key]
+            resident.spans, resident.slot = tuple(self._spans(resident.known)), None
+
     def marginal_bytes(self, key: ModelKey) -> int:
         """What dropping the model would free now."""
         parts = self.models[key].known.parts
@@ -145,7 +156,9 @@ class Tier:
                 raise TooLarge(f"it takes {in_all} bytes, and the {self.name}'s memory has {arena.capacity_bytes}")
             raise NoRoom(
                 f"it takes {needed} bytes more, but {arena.free_bytes} of the {self.name}'s memory are free, "
-                f"{arena.largest_hole_bytes} of them in a row"
+                f"{arena.largest_hole_bytes} of them in a row",
+                needed,
+                max(_unit_sizes(missing)),
             )
         return self._shared_out(missing, extents)
 

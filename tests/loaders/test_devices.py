@@ -51,6 +51,15 @@ def test_bytes_go_up_and_come_down(device: Device) -> None:
     assert not any(device.slab[:MIB])
 
 
+def test_bytes_are_moved_within_arena_and_slab(device: Device) -> None:
+    given = _filled(device, 3)
+    device.shift([Move(0, MIB, 1000), Move(5000, MIB + 1000, 24)], in_slab=True).wait()
+    device.up([Move(MIB, 0, 1024)]).wait()
+    device.shift([Move(0, 2 * MIB, 1024)], in_slab=False).wait()
+    device.down([Move(2 * MIB, 0, 1024)]).wait()
+    assert bytes(device.slab[:1024]) == given[:1000] + given[5000:5024]
+
+
 def test_copies_end_in_the_order_in_which_they_were_started(device: Device) -> None:
     first = _filled(device, 1)
     early = device.up([Move(0, 0, MIB)])

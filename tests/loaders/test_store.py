@@ -154,6 +154,51 @@ def test_what_a_demotion_reads_stays_until_it_has_ended(monkeypatch: pytest.Monk
     store.drop("m", store.device)
 
 
+def _with_holes() -> tuple[Store, FakeDevice, dict[str, Made]]:
+    """A full arena of four, of which the first and the third are given up."""
+    store, device = opened(arena=256 * KIB)
+    models = {key: made([tensor(n)]) for n, key in enumerate("abcd")}
+    for key, model in models.items():
+        store.load(key, model)
+    for key in "ac":
+        store.drop(key, store.device)
+        del models[key]
+    return store, device, models
+
+
+def test_room_that_is_in_pieces_is_joined() -> None:
+    store, device, models = _with_holes()
+    models["large"] = made([tensor(9, 128 * KIB)])
+    store.load("large", models["large"])
+    assert store.device.compacted_bytes == 64 * KIB
+    for key, model in models.items():
+        assert is_right(store, device, key, store.device, model)
+        with store.using(key) as slot:
+            assert slot.views["t0"].tobytes() == model.run.tobytes()
+            assert slot.spans == store.device.models[key].spans
+
+
+def test_what_is_in_use_is_not_moved() -> None:
+    store, device, models = _with_holes()
+    with store.using("b"), store.using("d"), pytest.raises(NoRoom, match="131072 of the device's memory are free"):
+        store.load("large", made([tensor(9, 128 * KIB)]))
+    assert store.device.compacted_bytes == 0
+    assert all(is_right(store, device, key, store.device, model) for key, model in models.items())
+
+
+@pytest.mark.parametrize(("fault", "error"), [(Fault.FAILS, CopyFailed), (Fault.LOST, DeviceLost)])
+def test_a_move_that_fails_leaves_all_as_it_was(fault: Fault, error: type[LoaderError]) -> None:
+    store, device, models = _with_holes()
+    spans = {key: store.device.models[key].spans for key in models}
+    device.faults.append(fault)
+    with pytest.raises(error):
+        store.load("large", made([tensor(9, 128 * KIB)]))
+    assert bool(store.lost) == (fault is Fault.LOST)
+    assert {key: store.device.models[key].spans for key in models} == spans
+    assert store.usage(store.device).taken_bytes == 128 * KIB
+    assert all(is_right(store, device, key, store.device, model) for key, model in models.items())
+
+
 def _load(store: Store, model: Made) -> None:
     store.load("m", model)
 
