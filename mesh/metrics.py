@@ -206,7 +206,7 @@ def _shared_architectures() -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "densemesh_onnx_promoted_models",
         "Models of architectures that have a session of their own, with prepacked weights.",
-        value=sum(each.promoted for each in in_use),
+        value=promotions.count,
     )
     sessions = GaugeMetricFamily(
         "densemesh_onnx_session_bytes", "What sessions take beside weights, as estimated.", labels=("of",)
