@@ -92,11 +92,13 @@ class Config:
     runtime_pulls: bool = _setting(False, "It fetches models from stores by itself, as ModelMesh's adapters can.")
     policy: str = _setting("slo_density", f"Eviction policy: {', '.join(POLICIES)}.")
     cache_dir: str = _setting("", "Where models from object stores are kept; by default densemesh in the user's cache.")
-    cache_size: str = _setting("", "Disk that they may take; by default half of what is free at start.")
+    cache_size: str = _setting("", "Disk that they may take; by default a third of what is free at start.")
     prepare: bool = _setting(
         True, "Convert models to what serves them faster, in the background, and keep that on disk."
     )
-    prepared_size: str = _setting("1GiB", "Disk that it may take, below --cache-dir.")
+    prepared_size: str = _setting(
+        "", "Disk that it may take, below --cache-dir; by default a third of what is free at start."
+    )
     storage_config: str = _setting("", "Storage keys: a directory with a JSON file for each, or one JSON file of all.")
     pvc_root: str = _setting("/pvc_mounts", "Directory in which pvc:// claims are mounted by name.")
     load_slots: int = _setting(2, "Models that load at once.")
@@ -138,12 +140,13 @@ class Config:
 
     @property
     def cache_bytes(self) -> int | None:
-        """None: half of what is free."""
+        """None: a third of what is free."""
         return parse_bytes(self.cache_size) if self.cache_size else None
 
     @property
-    def prepared_bytes(self) -> int:
-        return parse_bytes(self.prepared_size)
+    def prepared_bytes(self) -> int | None:
+        """None: a third of what is free."""
+        return parse_bytes(self.prepared_size) if self.prepared_size else None
 
     @property
     def max_message_bytes(self) -> int:
@@ -179,7 +182,7 @@ class Config:
             ("capacity", self.capacity or DEFAULT_CAPACITY),
             ("max-message", self.max_message),
             ("cache-size", self.cache_size or "1GiB"),
-            ("prepared-size", self.prepared_size),
+            ("prepared-size", self.prepared_size or "1GiB"),
         ):
             try:
                 parse_bytes(size)

@@ -60,7 +60,8 @@ class Cache:
     """The entries in a directory, which several processes may share."""
 
     def __init__(self, root: Path, max_bytes: int | None, stopped: threading.Event) -> None:
-        """`max_bytes`: None is half of what is free and what the cache has. What an earlier crash left is removed.
+        """`max_bytes`: None is a third of what is free and what the cache has; a pod has two of these. What an earlier
+        crash left is removed.
 
         Raises:
             LoaderError: the directory cannot be used.
@@ -73,7 +74,7 @@ class Cache:
             with self._counting():
                 self._sweep()
                 free = shutil.disk_usage(root).free
-                self.max_bytes = (free + self.used_bytes()) // 2 if max_bytes is None else max_bytes
+                self.max_bytes = (free + self.used_bytes()) // 3 if max_bytes is None else max_bytes
 
     def get(self, digest: str, size_bytes: int, fill: Callable[[Path, Room], None]) -> Lease:
         """The entry, filled into an empty directory first if it is not there; `fill` makes `files` in it.
