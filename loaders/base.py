@@ -25,6 +25,13 @@ class LoaderError(Exception):
         """Whether the same load may succeed later or elsewhere (out of memory, a file not there yet)."""
 
 
+class OutOfMemory(LoaderError):
+    """Memory ran out in this load: the mesh gives up other models and tries once more."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=True)
+
+
 class InferError(Exception):
     """The model itself failed on this request; `bad_input` tells whose fault it is."""
 
@@ -33,9 +40,16 @@ class InferError(Exception):
         self.bad_input = bad_input
 
 
+class NoMemory(InferError):
+    """Memory ran out in this run; the mesh gives up other models, and has the request run elsewhere or later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, bad_input=False)
+
+
 class ModelLost(InferError):
     """The model is not in memory any more: its process has died, its server has forgotten it. The mesh gives the copy
-    up, and loads it again when somebody asks for it. Only models that wait (`LoadedModel.waits`) raise it."""
+    up, and loads it again when somebody asks for it."""
 
     def __init__(self, message: str, *, began: bool) -> None:
         super().__init__(message, bad_input=False)

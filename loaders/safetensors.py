@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from loaders.artifacts import agreed, parameters, reading
-from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor
+from loaders.base import Artifact, InferError, LoaderError, NoMemory, Signature, Tensor
 from loaders.memory.layout import ITEM_BYTES
 from loaders.memory.mapping import map_file
 from loaders.memory.process import Change
@@ -103,7 +103,9 @@ class SafetensorsModel:
         except InferError:
             raise
         except Exception as error:
-            raise InferError(reason(error), bad_input=not no_memory(error)) from error
+            if no_memory(error):
+                raise NoMemory(reason(error)) from error
+            raise InferError(reason(error), bad_input=True) from error
 
     def unload(self) -> None:
         with Change():

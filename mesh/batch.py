@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Final
 
-from loaders.base import InferError, LoadedModel, Tensor
+from loaders.base import InferError, LoadedModel, NoMemory, Tensor
 from loaders.base import ModelLost as Lost
-from mesh.errors import MODEL_FAILURES, InvalidRequest, MeshError, ModelFailed, ModelLost, NotHere
+from mesh.errors import MODEL_FAILURES, InvalidRequest, MeshError, ModelFailed, ModelLost, NoRoom, NotHere
 from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
 from mesh.rowwise import Kind, rows_of, stack
@@ -167,12 +167,15 @@ def infer(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequence[st
 
     Raises:
         InvalidRequest, ModelFailed
+        NoRoom: memory ran out.
         ModelLost, NotHere: the copy is of no use any more; NotHere: and the request was never begun.
     """
     try:
         return model.infer(inputs, outputs)
     except Lost as error:
         raise (ModelLost if error.began else NotHere)(str(error)) from None
+    except (NoMemory, MemoryError) as error:
+        raise NoRoom(f"memory ran out in the run: {error or 'the allocation was refused'}") from None
     except InferError as error:
         raise (InvalidRequest if error.bad_input else ModelFailed)(str(error)) from None
     except MODEL_FAILURES as error:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 from loaders.base import Tensor
 from mesh.batch import Batch, Item, Results, enough_rows, infer
-from mesh.errors import MeshError, ModelLost, NotHere
+from mesh.errors import MeshError, ModelLost, NoRoom, NotHere
 from mesh.histogram import Histogram
 from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
@@ -45,13 +45,16 @@ class Batcher:
         pin: Callable[[Copy], None],
         unpin: Callable[[Copy], None],
         lost: Callable[[Copy], None],
+        short: Callable[[Copy], None],
     ) -> None:
-        """`pin` and `unpin` keep a copy in memory; `lost` is told of one whose model has gone."""
+        """`pin` and `unpin` keep a copy in memory; `lost` is told of one whose model has gone, `short` of one whose run
+        found no memory."""
         self._workers = workers
         self._in_line = in_line
         self._pin = pin
         self._unpin = unpin
         self._lost = lost
+        self._short = short
         self._loop = asyncio.get_running_loop()
         self._latest: dict[tuple[int, Kind, Priority], Batch] = {}
         """Of each copy, kind and class of requests: what was begun last and has not ended."""
@@ -109,7 +112,11 @@ class Batcher:
         pace = self._in_line.pace(copy.model.model_id, size_bytes)
         if not delay_s and self.runs_in_line(pace):
             self.sizes.observe(1)
-            return self._in_line.run(pace, lambda: infer(resident.model, inputs, outputs))
+            try:
+                return self._in_line.run(pace, lambda: infer(resident.model, inputs, outputs))
+            except MeshError as error:
+                self._told(copy, (error,))
+                raise
         kind, rows = kind_of(inputs, outputs), rows_of(inputs)
         item = Item(inputs, rows, size_bytes, self._loop.create_future())
         priority = priority or copy.model.priority
@@ -180,8 +187,7 @@ class Batcher:
 
     def _ended(self, batch: Batch, results: list[Results | MeshError]) -> None:
         self._forget(batch)
-        if any(isinstance(result, ModelLost | NotHere) for result in results):
-            self._lost(batch.copy)
+        self._told(batch.copy, results)
         if batch.items:
             self.sizes.observe(len(batch.items))
         for item, result in zip(batch.items, results, strict=True):
@@ -191,6 +197,14 @@ class Batcher:
                 item.future.set_exception(result)
             else:
                 item.future.set_result(result)
+
+    def _told(self, copy: Copy, results: Iterable[Results | MeshError]) -> None:
+        """What runs say of more than their requests."""
+        for result in results:
+            if isinstance(result, ModelLost | NotHere):
+                return self._lost(copy)
+            if isinstance(result, NoRoom):
+                return self._short(copy)
 
     def _forget(self, batch: Batch) -> None:
         self._unpin(batch.copy)

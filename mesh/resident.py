@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from loaders.base import LoadedModel
+from loaders.storage.source import Fetched
 from mesh.plans import Plans
 from mesh.rowwise import Kind, has_batch_dimension
 from mesh.runtime.model import RemoteModel
@@ -21,7 +22,10 @@ class Files(Protocol):
 class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
-    __slots__ = ("files", "form", "forward", "model", "plans", "settings", "size_bytes", "together", "tried", "workers")
+    __slots__ = (
+        *("fetched", "files", "form", "forward", "model", "plans"),
+        *("settings", "size_bytes", "together", "tried", "workers"),
+    )
 
     def __init__(
         self,
@@ -30,11 +34,14 @@ class Resident:
         files: Files | None = None,
         form: str = "",
         size_bytes: int = 0,
+        fetched: Fetched | None = None,
     ) -> None:
         self.model = model
         self.size_bytes = size_bytes or model.size_bytes
         self.form = form
         """Which prepared form it is (`loaders.prepare`); empty: it is as its owner wrote it."""
+        self.fetched = fetched
+        """Where on disk the files are that it was loaded from; None: they are its owner's."""
         self.files = files
         """They must stay while it is loaded: frameworks map them."""
         self.settings = settings

@@ -48,6 +48,15 @@ class Lease:
         self.folder = folder
         self._lock = lock
 
+    @property
+    def digest(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def size_bytes(self) -> int:
+        """That the entry takes, as long as it is not closed."""
+        return int(os.pread(self._lock, 32, 0) or 0)
+
     def close(self) -> None:
         if self._lock >= 0:
             with suppress(OSError):
@@ -123,6 +132,19 @@ class Cache:
                 return None
             os.utime(lock)
             return Lease(self.root / digest / "files", lock)
+
+    def has(self, digest: str) -> bool:
+        """Whether the entry is there; nothing keeps it from being removed by the time this answers."""
+        return self._is_there(digest)
+
+    def release(self, digest: str) -> None:
+        """Remove the entry, unless somebody uses it.
+
+        Raises:
+            LoaderError: the directory cannot be used.
+        """
+        with disk_told(), self._counting():
+            self._remove(digest)
 
     def drop(self, digest: str) -> bool:
         """Remove the entry; False: somebody uses it.
