@@ -22,7 +22,8 @@ import torch
 
 from bench.gpu_plot import draw
 from bench.gpu_rig import cuda, has_gpu
-from bench.gpu_steps import FULL, SMALL, STEPS
+from bench.gpu_scale import FULL, SMALL
+from bench.gpu_steps import STEPS
 
 LIMIT_S: Final = 480.0
 """No step begins after that."""

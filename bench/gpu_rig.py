@@ -14,13 +14,14 @@ import torch
 from torch.nn import functional
 
 from bench.fleets import Told, fine_tunes
+from loaders.memory.buffers import BUFFER_BYTES
 from loaders.memory.cuda import CudaDevice, tensor_views
 from loaders.memory.device import Span
 from loaders.memory.host import HostDevice, anonymous
 from loaders.memory.layout import Layout
 from loaders.memory.process import resident_bytes
 from loaders.memory.slots import Slot
-from loaders.memory.store import BUFFER_BYTES, Store
+from loaders.memory.store import Store
 from loaders.memory.weights_index import Contents
 
 cuda: Final[Any] = torch.cuda

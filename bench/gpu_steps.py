@@ -7,14 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 from statistics import mean, median
 from typing import Any, Final
 
 import torch
 
-from bench.fleets import Told, encoder, mlp
+from bench.fleets import Told
 from bench.gpu_rig import (
     BareCopy,
     FromSeed,
@@ -31,60 +29,10 @@ from bench.gpu_rig import (
     used_bytes,
     where,
 )
+from bench.gpu_scale import FULL, Figures, Scale
+from bench.gpu_tenants import cross_tenant
 from loaders.memory.device import Move
 from loaders.memory.tier import NoRoom
-
-Figures = dict[str, Any]
-KIB: Final = 1 << 10
-MIB: Final = 1 << 20
-GIB: Final = 1 << 30
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything: as the goals have it, or to see that it runs."""
-
-    link_bytes: tuple[int, ...]
-    swapped: tuple[tuple[str, list[Told]], ...]
-    small_model: list[Told]
-    """What density and interference are measured with."""
-    density: tuple[int, ...]
-    tokens: tuple[int, int]
-    seconds: float
-    """Of measuring, per figure."""
-    tenants: int
-
-
-def wide(size_bytes: int, datatype: str) -> list[Told]:
-    """Square layers of 32 MiB, about that many bytes."""
-    side = 4096 if datatype == "FP16" else 256
-    each = side * side * (2 if datatype == "FP16" else 4)
-    return mlp(*[side] * (max(size_bytes // each, 1) + 1), datatype=datatype)
-
-
-FULL: Final = Scale(
-    link_bytes=tuple(64 * KIB << 2 * n for n in range(8)),
-    swapped=(
-        ("50 MB", wide(50_000_000, "FP16")),
-        ("220 MB", encoder(12, 768)),
-        ("1 GB", wide(1_000_000_000, "FP16")),
-        ("4 GB", wide(4_000_000_000, "FP16")),
-    ),
-    small_model=encoder(12, 768),
-    density=(1, 8, 16, 32, 64),
-    tokens=(1, 128),
-    seconds=8.0,
-    tenants=64,
-)
-SMALL: Final = Scale(
-    link_bytes=(64 * KIB, 1 * MIB),
-    swapped=(("1 MB", wide(1_000_000, "FP32")), ("2 MB", encoder(2, 64, 4000, "FP32"))),
-    small_model=encoder(2, 64, 1000, "FP32"),
-    density=(1, 4, 8),
-    tokens=(1, 16),
-    seconds=0.2,
-    tenants=8,
-)
 
 
 def link(scale: Scale) -> Figures:
@@ -352,80 +300,6 @@ def fragmentation(scale: Scale) -> Figures:
     percents = {"lost_percent": 100 * mean(lost) / capacity, "lost_max_percent": 100 * max(lost) / capacity}
     changed = {name: after[name] - before[name] for name in after}
     return {"swaps": swaps, **percents, "spans_max": max(spans), "allocations": changed}
-
-
-def cross_tenant(scale: Scale) -> Figures:
-    """Requests per second of one row for each of many tenants' networks: one by one, in graphs, and batched."""
-    return {
-        name: _tenants(sizes, scale)
-        for name, sizes in (("64-128-10", (64, 128, 10)), ("512-512-512-128", (512, 512, 512, 128)))
-    }
-
-
-def _tenants(sizes: tuple[int, ...], scale: Scale) -> Figures:
-    count = scale.tenants
-    layers = list(pairwise(sizes))
-    drawn = torch.Generator(where()).manual_seed(1)
-
-    def normal(*shape: int) -> torch.Tensor:
-        made: torch.Tensor = torch.randn(shape, generator=drawn, device=where()) * shape[-2] ** -0.5
-        return made
-
-    weights = [normal(count, rows, columns) for rows, columns in layers]
-    biases = [normal(count, 1, columns) for _, columns in layers]
-    given = normal(count, 1, sizes[0])
-
-    def one(tenant: int) -> torch.Tensor:
-        row = given[tenant]
-        for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            row = torch.addmm(bias[tenant], row, weight[tenant])
-            row = row.relu() if n < len(layers) - 1 else row
-        return row
-
-    def batched() -> torch.Tensor:
-        rows = given
-        for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            rows = torch.baddbmm(bias, rows, weight)
-            rows = rows.relu() if n < len(layers) - 1 else rows
-        return rows
-
-    with torch.inference_mode():
-        ways: dict[str, Callable[[], Any]] = {"one_by_one": lambda: [one(n) for n in range(count)], "batched": batched}
-        if has_gpu():
-            graphs = [_graph(lambda n=n: one(n)) for n in range(count)]  # type: ignore[misc]
-            ways["one_by_one_graphs"] = lambda: [graph.replay() for graph in graphs]
-            ways["batched_graph"] = _graph(batched).replay
-        told = {f"{name}_per_s": count / _run_s(way, scale) for name, way in ways.items()}
-        alone = torch.stack([one(n) for n in range(count)])
-        torch.testing.assert_close(batched(), alone, rtol=1e-3, atol=1e-4)
-    best_alone = max(told.get("one_by_one_graphs_per_s", 0.0), told["one_by_one_per_s"])
-    return told | {
-        "batched_of_one_by_one": max(told["batched_per_s"], told.get("batched_graph_per_s", 0.0)) / best_alone
-    }
-
-
-def _run_s(way: Callable[[], Any], scale: Scale) -> float:
-    took: list[float] = []
-    until = time.perf_counter() + scale.seconds / 4
-    while time.perf_counter() < until or len(took) < 10:
-        synchronize()
-        begun = time.perf_counter()
-        way()
-        synchronize()
-        took.append(time.perf_counter() - begun)
-    return median(took)
-
-
-def _graph(run: Callable[[], Any]) -> Any:
-    side = cuda.Stream()
-    side.wait_stream(cuda.current_stream())
-    with cuda.stream(side):
-        run()
-    cuda.current_stream().wait_stream(side)
-    graph = cuda.CUDAGraph()
-    with cuda.graph(graph):
-        run()
-    return graph
 
 
 def machine(scale: Scale) -> Figures:

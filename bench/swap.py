@@ -26,10 +26,11 @@ from statistics import mean, median
 from typing import Any, Final
 
 from bench.fleets import Seeded, encoder, fine_tunes, mlp
+from loaders.memory.buffers import BUFFER_BYTES
 from loaders.memory.device import Move
 from loaders.memory.fake import FakeDevice
 from loaders.memory.host import HostDevice, anonymous
-from loaders.memory.store import BUFFER_BYTES, Store
+from loaders.memory.store import Store
 from loaders.memory.tier import NoRoom
 
 MIB: Final = 1 << 20

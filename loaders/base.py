@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
@@ -25,6 +25,13 @@ class LoaderError(Exception):
         """Whether the same load may succeed later or elsewhere (out of memory, a file not there yet)."""
 
 
+class OutOfMemory(LoaderError):
+    """Memory ran out in this load: the mesh gives up other models and tries once more."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=True)
+
+
 class InferError(Exception):
     """The model itself failed on this request; `bad_input` tells whose fault it is."""
 
@@ -33,9 +40,16 @@ class InferError(Exception):
         self.bad_input = bad_input
 
 
+class NoMemory(InferError):
+    """Memory ran out in this run; the mesh gives up other models, and has the request run elsewhere or later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, bad_input=False)
+
+
 class ModelLost(InferError):
     """The model is not in memory any more: its process has died, its server has forgotten it. The mesh gives the copy
-    up, and loads it again when somebody asks for it. Only models that wait (`LoadedModel.waits`) raise it."""
+    up, and loads it again when somebody asks for it."""
 
     def __init__(self, message: str, *, began: bool) -> None:
         super().__init__(message, bad_input=False)
@@ -119,40 +133,6 @@ class LoadedModel(Protocol):
 
     def unload(self) -> None:
         """Give all memory back; called once, with no `infer` running or to come."""
-        ...
-
-
-class Family(Protocol):
-    """Models of one architecture, of which a call can run several."""
-
-    def infer_many(
-        self, models: Sequence[Any], requests: Sequence[Mapping[str, Tensor]], outputs: Sequence[str]
-    ) -> list[dict[str, Tensor]]:
-        """Run a request on each of several models that have joined, all different. Requests must agree in everything
-        but the first dimension, which all inputs of one have in common. Answers are those of each model's `infer`,
-        within the rounding of their types.
-
-        Raises:
-            InferError: whichever of them is to blame; they are to be run one by one.
-        """
-        ...
-
-
-@runtime_checkable
-class Member(LoadedModel, Protocol):
-    """A model that may be run in one call with others."""
-
-    @property
-    def family(self) -> Family | None:
-        """None: it is not."""
-        ...
-
-    def join(self) -> None:
-        """Make it ready for `Family.infer_many`, however long it takes; it may be called again, and while it runs.
-
-        Raises:
-            LoaderError: it cannot be.
-        """
         ...
 
 

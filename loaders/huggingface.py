@@ -29,7 +29,7 @@ from typing import Any, Final
 import numpy as np
 
 from loaders.artifacts import agreed, parameters, reading
-from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
+from loaders.base import Artifact, InferError, LoaderError, OutOfMemory, Signature, Tensor, TensorSpec
 from loaders.datatypes import bytes_of, text_of
 from loaders.memory.process import Change
 from loaders.taking_turns import framework_load
@@ -97,7 +97,8 @@ class HuggingfaceLoader:
                 raise
             except Exception as error:
                 no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-                raise LoaderError(f"{artifact.path.name}: {_reason(error)}", retryable=no_memory) from error
+                kind = OutOfMemory if no_memory else LoaderError
+                raise kind(f"{artifact.path.name}: {_reason(error)}") from error
             signature = Signature((_TEXT,), outputs, platform="huggingface_transformers", lenient=True)
             tensors = [*model.parameters(), *model.buffers()]
             stored = sum({each.data_ptr(): each.nbytes for each in tensors}.values())

@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from loaders.artifacts import agreed, parameters
-from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor
+from loaders.base import Artifact, InferError, LoaderError, OutOfMemory, Signature, Tensor
 from loaders.datatypes import DTYPES, bytes_of, text_of
 from loaders.memory.process import Change
 from loaders.onnx_file import weigh
@@ -67,7 +67,8 @@ class OnnxLoader:
             except Exception as error:
                 reason = reason_of(error)
                 no_memory = isinstance(error, MemoryError) or "bad_alloc" in reason or "allocate memory" in reason
-                raise LoaderError(f"{artifact.path.name}: {reason}", retryable=no_memory) from error
+                kind = OutOfMemory if no_memory else LoaderError
+                raise kind(f"{artifact.path.name}: {reason}") from error
             asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
             if asked not in session.get_providers():  # ONNX Runtime only logs that a provider would not start
                 raise LoaderError(f"{artifact.path.name}: {asked} does not start on this machine")

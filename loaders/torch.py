@@ -28,7 +28,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loaders.artifacts import agreed, parameters, reading
-from loaders.base import Artifact, InferError, LoaderError, Signature, Tensor, TensorSpec
+from loaders.base import Artifact, InferError, LoaderError, OutOfMemory, Signature, Tensor, TensorSpec
 from loaders.memory.process import Change
 from loaders.taking_turns import framework_load
 from loaders.torch_tensors import DATATYPES, no_memory, one_thread, reason, to_numpy, to_torch
@@ -74,7 +74,8 @@ class TorchLoader:
             except LoaderError:
                 raise
             except Exception as error:
-                raise LoaderError(f"{artifact.path.name}: {reason(error)}", retryable=no_memory(error)) from error
+                kind = OutOfMemory if no_memory(error) else LoaderError
+                raise kind(f"{artifact.path.name}: {reason(error)}") from error
 
 
 def _script_nodes(archive: zipfile.ZipFile) -> int:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from loaders import LOADERS
+from loaders.memory.buffers import BUFFER_BYTES
+from loaders.memory.device import DEVICES, open_device
+from loaders.memory.store import Store
 from mesh.frontends import FRONTENDS
 from mesh.registry import REGISTRIES
 from mesh.runtime.settings import RuntimeSettings
 from mesh.tls import Tls, TlsError, TlsFiles
 from placement import labels
+from placement.limits import HostMode
 from placement.policies import POLICIES
 
 _UNITS: Final = {"": 1, "B": 1} | {
@@ -86,17 +90,23 @@ class Config:
     advertise: str = _setting("", "host:port at which other pods reach this one; found out by default.")
     labels: str = _setting("", "What kind of pod this is, and where: gpu=h200,zone=a,node=n1.")
     capacity: str = _setting("", "Memory that loaded models may hold; by default the --runtime's, or 2GiB.")
+    device: str = _setting("cpu", f"Where models run whose weights can be moved: cpu, {', '.join(DEVICES)}; cuda:1.")
+    device_memory: str = _setting("", "What models may hold of --device; taken at start, in place of --capacity.")
+    host_memory: str = _setting("", "Memory beside it for models that the device has no room for; by default none.")
+    host_mode: str = _setting("exclusive", "What lies there: only what the device has not, or (inclusive) that too.")
     runtime: str = _setting("", "Model server with ModelMesh's runtime SPI: NAME=host:port or NAME=unix:/path.")
     runtime_data: str = _setting("", "Where it serves V2 gRPC, if not there: host:port or unix:/path.")
     runtime_formats: str = _setting("", "Formats that it serves, e.g. tensorflow,tensorrt; the mesh leaves them to it.")
     runtime_pulls: bool = _setting(False, "It fetches models from stores by itself, as ModelMesh's adapters can.")
     policy: str = _setting("slo_density", f"Eviction policy: {', '.join(POLICIES)}.")
     cache_dir: str = _setting("", "Where models from object stores are kept; by default densemesh in the user's cache.")
-    cache_size: str = _setting("", "Disk that they may take; by default half of what is free at start.")
+    cache_size: str = _setting("", "Disk that they may take; by default a third of what is free at start.")
     prepare: bool = _setting(
         True, "Convert models to what serves them faster, in the background, and keep that on disk."
     )
-    prepared_size: str = _setting("1GiB", "Disk that it may take, below --cache-dir.")
+    prepared_size: str = _setting(
+        "", "Disk that it may take, below --cache-dir; by default a third of what is free at start."
+    )
     storage_config: str = _setting("", "Storage keys: a directory with a JSON file for each, or one JSON file of all.")
     pvc_root: str = _setting("/pvc_mounts", "Directory in which pvc:// claims are mounted by name.")
     load_slots: int = _setting(2, "Models that load at once.")
@@ -114,7 +124,34 @@ class Config:
     @property
     def capacity_bytes(self) -> int | None:
         """None: not told."""
-        return parse_bytes(self.capacity) if self.capacity else None
+        told = self.capacity or self.device_memory
+        return parse_bytes(told) if told else None
+
+    def open_store(self) -> Store | None:
+        """The memory of the device and what lies beside it; None: the pod's models are in the process's own.
+
+        Raises:
+            LoaderError: there is no such device, or not that much memory.
+        """
+        if self.device == "cpu":
+            return None
+        host_bytes = parse_bytes(self.host_memory) if self.host_memory else 0
+        return Store(open_device(self.device, parse_bytes(self.device_memory), host_bytes + 2 * BUFFER_BYTES))
+
+    def _device_fault(self) -> str | None:
+        kind = self.device.partition(":")[0]
+        if self.device != "cpu" and (kind not in DEVICES or not re.fullmatch(r"[a-z]+|cuda:[0-9]{1,3}", self.device)):
+            return f"--device: expected cpu, {', '.join(DEVICES)} or cuda:NUMBER, found {self.device!r}"
+        for name, told in (("device-memory", self.device_memory), ("host-memory", self.host_memory)):
+            if told and self.device == "cpu":
+                return f"--{name}: expected --device with it"
+        if self.device == "cpu":
+            return None
+        if not self.device_memory:
+            return "--device-memory: expected a size, which --device takes at start"
+        if self.capacity or self.runtime:
+            return f"--device: expected no {'--capacity' if self.capacity else '--runtime'} with it"
+        return None
 
     @property
     def runtime_settings(self) -> RuntimeSettings | None:
@@ -138,12 +175,13 @@ class Config:
 
     @property
     def cache_bytes(self) -> int | None:
-        """None: half of what is free."""
+        """None: a third of what is free."""
         return parse_bytes(self.cache_size) if self.cache_size else None
 
     @property
-    def prepared_bytes(self) -> int:
-        return parse_bytes(self.prepared_size)
+    def prepared_bytes(self) -> int | None:
+        """None: a third of what is free."""
+        return parse_bytes(self.prepared_size) if self.prepared_size else None
 
     @property
     def max_message_bytes(self) -> int:
@@ -177,9 +215,11 @@ class Config:
         """The first sentence that is wrong with this configuration; None: it is fine."""
         for name, size in (
             ("capacity", self.capacity or DEFAULT_CAPACITY),
+            ("device-memory", self.device_memory or DEFAULT_CAPACITY),
+            ("host-memory", self.host_memory or DEFAULT_CAPACITY),
             ("max-message", self.max_message),
             ("cache-size", self.cache_size or "1GiB"),
-            ("prepared-size", self.prepared_size),
+            ("prepared-size", self.prepared_size or "1GiB"),
         ):
             try:
                 parse_bytes(size)
@@ -206,6 +246,10 @@ class Config:
             return f"--registry: expected a URL that starts with one of {known}"  # what was found may hold a password
         if self.frontend not in FRONTENDS:
             return f"--frontend: expected one of {', '.join(FRONTENDS)}, found {self.frontend!r}"
+        if (fault := self._device_fault()) is not None:
+            return fault
+        if self.host_mode not in list(HostMode):
+            return f"--host-mode: expected {' or '.join(HostMode)}, found {self.host_mode!r}"
         if self.policy not in POLICIES:
             return f"--policy: expected one of {', '.join(POLICIES)}, found {self.policy!r}"
         if unknown := self.allowed_code - set(_CODE):

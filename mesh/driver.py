@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar, assert_never
 
-from loaders.base import LoaderError
+from loaders.base import LoaderError, OutOfMemory
+from loaders.memory.store import Store
+from loaders.memory.tiered import TieredModel
 from mesh import __version__
 from mesh.batcher import Batcher
 from mesh.errors import ModelNotFound
@@ -23,6 +25,7 @@ from mesh.models import Models, is_fetched
 from mesh.preparing import Preparing
 from mesh.publisher import Publisher
 from mesh.resident import Resident
+from mesh.tiers import Tiers
 from mesh.workers import Workers
 from placement.cache import Copy
 from placement.engine import Engine
@@ -32,14 +35,18 @@ from placement.messages import (
     CopyUnwanted,
     CopyWanted,
     Demote,
+    Demoted,
     DrainStarted,
     DropHeld,
     EnsureLoaded,
     EstimateSize,
     Event,
+    HeldDropped,
+    HeldLost,
     LoadFailed,
     LoadFinished,
     LoadOn,
+    MemoryShort,
     Publish,
     SettleVModel,
     SizeEstimated,
@@ -50,7 +57,7 @@ from placement.messages import (
     Unpublish,
     Wake,
 )
-from placement.records import ModelId, ModelRecord, Priority, copy_key, encode, pod_key
+from placement.records import ModelId, ModelRecord, Priority, Tier, copy_key, encode, pod_key
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +65,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _TICK_S = 0.5
+_LOOK_S = 60.0
 
 MAX_ERROR_CHARS: Final = 1000
 
@@ -78,7 +86,9 @@ class Driver:
         *,
         models: Models,
         run_threads: int,
+        store: Store | None = None,
     ) -> None:
+        """`store`: the device's memory, if it is not the process's own."""
         self.engine = engine
         self._ensure_loaded: Callable[[ModelId], Awaitable[None]] | None = None
         self._settle_vmodel: Callable[[SettleVModel], Awaitable[None]] | None = None
@@ -86,9 +96,10 @@ class Driver:
         self._publisher = publisher
         self._tasks = tasks
         self._models = models
+        self.tiers = Tiers(models, store)
         self._loaded: dict[ModelId, Resident] = {}
         self._waiters: dict[ModelId, asyncio.Future[None]] = {}
-        self._closed = False
+        self._closed = self._fenced = False
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, with the bug, when an impossible state was found."""
         self._leading: set[object] = set()
@@ -104,7 +115,7 @@ class Driver:
         loop = asyncio.get_running_loop()
         self._workers = Workers(run_threads, loop)
         self.in_line = InLine(loop)
-        self.batcher = Batcher(self._workers, self.in_line, engine.pin, self.unpin, self.lost)
+        self.batcher = Batcher(self._workers, self.in_line, engine.pin, self.unpin, self.lost, self.short)
 
     def lead_with(
         self,
@@ -162,6 +173,11 @@ class Driver:
             log.warning("copy %s was lost, and is given up", model_id)
             self.step(CopyUnwanted(model_id))
 
+    def short(self, copy: Copy) -> None:
+        """A run of the model has found no memory: others may go for it."""
+        log.warning("memory ran out in a run of %s", copy.model.model_id)
+        self.step(MemoryShort(copy.model.model_id, copy.size_bytes))
+
     # Events and actions
 
     def step(self, event: Event) -> None:
@@ -197,7 +213,26 @@ class Driver:
 
     def _pass_time(self) -> None:
         self.step(Tick(self.in_line.take_runs()))
+        if self.tiers.is_lost and not self._fenced:
+            self._fence()
         self.publish_pod()
+
+    def _fence(self) -> None:
+        """The device is lost: the models on it are of no use here. The pod serves what needs none."""
+        self._fenced = True
+        log.error("the device is lost, and its models are given up: %s", self.tiers.is_lost)
+        for model_id, resident in list(self._loaded.items()):
+            if isinstance(resident.model, TieredModel):
+                self.lost(self.engine.cache.copies[model_id])
+
+    async def look_below(self) -> None:
+        """Tell the engine what lower tiers have lost, every minute, until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for model_id in await self._do(self.tiers.gone):
+                self.step(HeldLost(model_id, Tier.DISK))
+                if model_id not in self.engine.copies.lower[Tier.DISK].entries:
+                    self.tiers.forget(model_id)
 
     def publish_pod(self) -> None:
         self._publisher.put(pod_key(self.engine.pod_id), encode(self.engine.pod_record(__version__)))
@@ -209,6 +244,7 @@ class Driver:
         loaded, self._loaded = self._loaded, {}
         for resident in loaded.values():
             await asyncio.to_thread(resident.unload)
+        await asyncio.to_thread(self.tiers.close)
 
     def _end_threads(self) -> None:
         self._workers.close()
@@ -227,12 +263,14 @@ class Driver:
             match action:
                 case EstimateSize(model):
                     self._tasks.create_task(self._estimate(model))
-                case StartLoad(model, source=None) if not action.keep:
-                    self._tasks.create_task(self._load(model))
-                case StartUnload(model_id, keep=None):
-                    self._tasks.create_task(self._unload(model_id))
-                case StartLoad() | StartUnload() | Demote() | DropHeld():
-                    raise AssertionError(f"this pod was given no tiers below the device: {action}")
+                case StartLoad():
+                    self._tasks.create_task(self._load(action))
+                case StartUnload(model_id, keep):
+                    self._tasks.create_task(self._unload(model_id, keep))
+                case Demote():
+                    self._tasks.create_task(self._demote(action))
+                case DropHeld():
+                    self._tasks.create_task(self._drop(action))
                 case Publish(copy):
                     self._publisher.put(copy_key(pod_id, copy.model_id), encode(copy))
                 case Unpublish(model_id):
@@ -268,28 +306,45 @@ class Driver:
 
     async def _estimate(self, model: ModelRecord) -> None:
         if not is_fetched(model):
-            return await self._attempt(model, self._housekeeping, self._models.estimate_bytes, SizeEstimated)
+            await self._attempt(model, self._housekeeping, self._models.estimate_bytes, SizeEstimated)
+            return
         async with self._fetches.turn(model.model_id):
             await self._attempt(model, self._fetching, self._models.estimate_bytes, SizeEstimated)
 
-    async def _load(self, model: ModelRecord) -> None:
-        started = time.monotonic()
+    async def _load(self, action: StartLoad) -> None:
+        started, model = time.monotonic(), action.model
 
-        def finished(model_id: ModelId, loaded: Resident) -> LoadFinished:
+        def finished(model_id: ModelId, result: tuple[Resident, Mapping[Tier, int]]) -> LoadFinished:
+            loaded, kept = result
             self._loaded[model_id] = loaded
             if loaded.model.waits and loaded.forward is None:
                 loaded.workers = Workers(loaded.model.waits, asyncio.get_running_loop(), "wait")
                 self.in_line.keep_out(model_id)
-            self.batcher.meet(loaded)
             elapsed_ms = (time.monotonic() - started) * 1e3
             size_bytes = loaded.size_bytes
-            what = f"copy {model_id} LOADING -> LOADED" + (f" ({loaded.form})" if loaded.form else "")
+            said = ", ".join(filter(None, (loaded.form, action.source and f"from {action.source.value}")))
+            what = f"copy {model_id} LOADING -> LOADED" + (f" ({said})" if said else "")
             log.info("%s in %.0f ms, %d bytes", what, elapsed_ms, size_bytes)
             if not loaded.form:
                 self._tasks.create_task(self._prepare(model, loaded))
-            return LoadFinished(model_id, size_bytes)
+            return LoadFinished(model_id, size_bytes, kept)
 
-        await self._attempt(model, self._loading, self._load_model, finished)
+        def load(_: ModelRecord) -> tuple[Resident, Mapping[Tier, int]]:
+            return self._load_model(action)
+
+        if not await self._attempt(model, self._loading, load, finished, gives_up=False):
+            await self._make_room(model.model_id)
+            await self._attempt(model, self._loading, load, finished)
+
+    async def _make_room(self, model_id: ModelId) -> None:
+        """Memory ran out in a load, whatever the books say: return when others have gone."""
+        copies = self.engine.cache.copies
+        log.warning("memory ran out in the load of %s: others go, and it is tried once more", model_id)
+        self.step(MemoryShort(model_id, copies[model_id].size_bytes))
+        going = [copy for copy in copies.values() if copy.state is CopyState.UNLOADING]
+        for copy in going:
+            while copies.get(copy.model.model_id) is copy and copy.state is CopyState.UNLOADING and not self._closed:
+                await self.changed(copy.model.model_id)
 
     async def _prepare(self, model: ModelRecord, resident: Resident) -> None:
         """Have a better form of a loaded model made; if the copy is still the same then, load that instead. What comes
@@ -316,37 +371,60 @@ class Driver:
         pool: ThreadPoolExecutor,
         work: Callable[[ModelRecord], T],
         event: Callable[[ModelId, T], Event],
-    ) -> None:
-        """Run a loader in a thread. Whatever it raises is this model's failure, not the pod's."""
+        *,
+        gives_up: bool = True,
+    ) -> bool:
+        """Run a loader in a thread. Whatever it raises is this model's failure, not the pod's. False: memory ran out,
+        which is not told if it does not give up."""
         if self._closed:
-            return
+            return True
         try:
             result = await asyncio.get_running_loop().run_in_executor(pool, work, model)
+        except (OutOfMemory, MemoryError) as error:
+            if not gives_up:
+                return False
+            failed = LoadFailed(model.model_id, f"out of memory: {_told(error)}".rstrip(": "), True)
         except LoaderError as error:
             failed = LoadFailed(model.model_id, _told(error), error.retryable)
-        except MemoryError:
-            failed = LoadFailed(model.model_id, "out of memory", True)
         except Exception as error:
             log.exception("loader %s broke on model %s", model.format, model.model_id)
             said = f"loader {model.format}: {type(error).__name__}: {_told(error)}"
             failed = LoadFailed(model.model_id, said, False)
         else:
             self.step(event(model.model_id, result))
-            return
+            return True
         log.warning("copy %s FAILED: %s", model.model_id, failed.error)
         self.step(failed)
+        return True
 
-    async def _unload(self, model_id: ModelId) -> None:
+    async def _unload(self, model_id: ModelId, keep: Tier | None) -> None:
         if self._closed:
             return
         resident = self._loaded.pop(model_id)
         self.in_line.forget(model_id)
-        await asyncio.get_running_loop().run_in_executor(self._housekeeping, resident.unload)
-        log.info("copy %s UNLOADING -> gone", model_id)
-        self.step(UnloadFinished(model_id))
+        kept = await self._do(self.tiers.unload, model_id, resident, keep)
+        log.info("copy %s UNLOADING -> %s", model_id, keep.value if kept and keep else "gone")
+        self.step(UnloadFinished(model_id, kept))
 
-    def _load_model(self, model: ModelRecord) -> Resident:
-        return self._models.load(model)
+    async def _demote(self, action: Demote) -> None:
+        if not self._closed:
+            kept = await self._do(self.tiers.demote, action)
+            self.step(Demoted(action.model_id, action.target, kept))
+
+    async def _drop(self, action: DropHeld) -> None:
+        if self._closed:
+            return
+        try:
+            await self._do(self.tiers.drop, action)
+        except LoaderError as error:  # the books are the cache's: it finds no room for others then, and says so
+            log.warning("model %s: %s", action.model_id, error)
+        self.step(HeldDropped(action.model_id, action.tier))
+
+    async def _do(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._housekeeping, work, *arguments)
+
+    def _load_model(self, action: StartLoad) -> tuple[Resident, Mapping[Tier, int]]:
+        return self.tiers.load(action)
 
 
 def _told(error: Exception) -> str:

@@ -18,9 +18,11 @@ from typing import Final
 from loaders import canonical, loader_for
 from loaders.artifacts import local_path, newest_version, reading, resolve
 from loaders.base import Artifact, LoadedModel, Loader, LoaderError
+from loaders.memory.store import Store
+from loaders.memory.tiered import TieredLoader, TieredModel, load_tiered
 from loaders.prepare import Damaged
 from loaders.prepare.preparation import Outcome, Preparation, Prepared
-from loaders.storage.source import SHA256, Held, Storage, holding
+from loaders.storage.source import SHA256, Fetched, Held, Storage, holding
 from mesh.declared import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -53,9 +55,11 @@ class Models:
         allowed_code: frozenset[str],
         runtime: Runtime | None = None,
         preparation: Preparation | None = None,
+        store: Store | None = None,
     ) -> None:
-        """`runtime`: the model server beside the pod, if there is one."""
-        self._storage = storage
+        """`runtime`: the model server beside the pod, if there is one; `store`: the device's memory, if it has any."""
+        self.storage = storage
+        self._store = store
         self._runtime = runtime
         self._allowed_code = allowed_code
         self._preparation = preparation
@@ -68,7 +72,7 @@ class Models:
 
     def stop(self) -> None:
         """End what waits for stores and for the model server, or is being prepared."""
-        self._storage.stop()
+        self.storage.stop()
         if self._runtime is not None:
             self._runtime.stop()
         if self._preparation is not None:
@@ -76,7 +80,7 @@ class Models:
 
     def close(self) -> None:
         """Nothing is sized, loaded or prepared any more."""
-        self._storage.close()
+        self.storage.close()
         if self._preparation is not None:
             self._preparation.close()
 
@@ -96,26 +100,29 @@ class Models:
                         return self.sizes.expect(model.model_id, prepared.form, artifact, told_bytes)
                 except Damaged as error:
                     self._drop(model, artifact, error)
+            if self._store is not None and isinstance(loader := self._loader(model), TieredLoader):
+                return loader.weights_bytes(artifact)
             told_bytes = self._loader(model).estimate_bytes(artifact)
             if self._is_remote(model):
                 return told_bytes
             return self.sizes.expect(model.model_id, format_of(model), artifact, told_bytes)
 
-    def load(self, model: ModelRecord) -> Resident:
-        """The model in memory, warm if its settings ask for that.
+    def load(self, model: ModelRecord, fetched: Fetched | None = None, *, keep_in_host: bool = False) -> Resident:
+        """The model in memory, warm if its settings ask for that. `fetched`: files that are here from before;
+        `keep_in_host`: leave its weights in host memory too, if they can be apart from it.
 
         Raises:
             LoaderError: see `estimate_bytes`; a file beside it does not declare what it should; it fails to warm up.
         """
         settings = settings_of(model)
-        files: Files = (held := self._held(model, settings))
+        files: Files = (held := self._held(model, settings, fetched))
         try:
             if settings.schema_path and not self._is_pulled(model):
                 settings = settings.over(self._schema(model, settings))
             artifact, settings = self._read(model, settings, held.path)
             found = self._load_prepared(model, artifact)
             if found is None:
-                loaded, form = self._loader(model).load(artifact), ""
+                loaded, form = self._load(model, artifact, keep_in_host), ""
             else:
                 files.close()  # which nothing reads any more
                 loaded, files, form = *found, found[1].form
@@ -124,11 +131,20 @@ class Models:
             except BaseException:
                 loaded.unload()
                 raise
+            if isinstance(loaded, TieredModel):
+                files.close()
             size_bytes = self.sizes.settle(model.model_id, form or format_of(model), loaded.size_bytes)
-            return Resident(loaded, settings, files, form, size_bytes)
+            return Resident(loaded, settings, files, form, size_bytes, held.fetched)
         except BaseException:
             files.close()
             raise
+
+    def _load(self, model: ModelRecord, artifact: Artifact, keep_in_host: bool) -> LoadedModel:
+        loader = self._loader(model)
+        if self._store is None or not isinstance(loader, TieredLoader):
+            return loader.load(artifact)
+        key = model.model_id, model.created
+        return load_tiered(self._store, key, loader, artifact, keep_in_host=keep_in_host)
 
     def prepare(self, model: ModelRecord, is_wanted: Callable[[], bool]) -> Outcome | None:
         """Have a better form of a model made, however long it takes, if that is possible, and `is_wanted` when its turn
@@ -187,10 +203,18 @@ class Models:
             return RemoteLoader(self._runtime, model, named_format(model))
         return loader_for(format_of(model))
 
-    def _held(self, model: ModelRecord, settings: ModelSettings) -> Held:
+    def _held(self, model: ModelRecord, settings: ModelSettings, fetched: Fetched | None = None) -> Held:
+        """Its files in the version that the store has now, or if the store is away, as they were fetched before."""
         if self._is_pulled(model):
             return Held(model.path)
-        return self._storage.hold(model.path, settings.storage_key, settings.storage_params)
+        try:
+            return self.storage.hold(model.path, settings.storage_key, settings.storage_params)
+        except LoaderError as error:
+            held = self.storage.find(fetched) if fetched is not None and error.retryable else None
+            if held is None:
+                raise
+            log.warning("model %s is loaded as it was fetched before: %s", model.model_id, error)
+            return held
 
     def _read(self, model: ModelRecord, settings: ModelSettings, where: Path | str) -> tuple[Artifact, ModelSettings]:
         """The model's files, and its settings: those given over what files in its directory declare."""
@@ -236,7 +260,7 @@ class Models:
             path = local_path(model.path)
             uri = str((path if path.is_dir() else path.parent) / uri)
         params = {name: value for name, value in settings.storage_params.items() if name != SHA256}  # the model's
-        held = self._storage.hold(uri, settings.storage_key, params, MAX_CONFIG_BYTES)
+        held = self.storage.hold(uri, settings.storage_key, params, MAX_CONFIG_BYTES)
         with holding(held) as found, _declaring(path := local_path(str(found))):
             return signature_in(f"schema_path {settings.schema_path[:256]!r}", read_text(path))
 

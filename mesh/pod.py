@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from loaders import loader_for
 from loaders.base import LoaderError
+from loaders.memory.store import Store
 from loaders.prepare.preparation import Preparation
 from loaders.storage.source import Storage
 from mesh import metrics, reflection
@@ -43,7 +44,7 @@ from mesh.settings import to_key
 from mesh.tls import Tls, TlsError
 from mesh.vmodels import VModels
 from placement.engine import Engine
-from placement.limits import Limits
+from placement.limits import HostMode, Limits
 from placement.policies import POLICIES
 from placement.view import ClusterView
 from protos import management_pb2 as pb
@@ -94,6 +95,8 @@ class Pod:
         self._registry = registry
         self._tls: Tls | None = None
         self._runtime: Runtime | None = None
+        self.store: Store | None = None
+        """The device's memory."""
         self._stopping = asyncio.Event()
         self.serving = asyncio.Event()
         """Set while requests are taken."""
@@ -158,6 +161,10 @@ class Pod:
             self._runtime = Runtime(settings, open_client(self.config.frontend))
             if not await self._unless_stopped(_started(self._runtime)):
                 return
+        try:
+            self.store = await asyncio.to_thread(self.config.open_store)
+        except LoaderError as error:
+            raise CannotStart(f"--device {self.config.device}: {error}") from None
         parts = self._assemble(registry, client, tasks)
         self.metrics_port, close_metrics = _bind(
             "metrics", host, self.config.metrics_port, lambda port: metrics.serve(parts.observed, host, port)
@@ -200,9 +207,6 @@ class Pod:
         )
         if runtime is not None:
             limits = runtime.limits(limits)
-        engine = Engine(self.pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(self.pod_id))
-        self.engine = engine
-        publisher = Publisher(registry, config.lease_ttl_s)
         storage = Storage(
             config.cache_path,
             config.cache_bytes,
@@ -215,10 +219,17 @@ class Pod:
             storage.start()
             if preparation is not None:
                 preparation.start()
+            limits = replace(limits, disk_bytes=storage.cache_bytes)
+            if self.store is not None:
+                host_bytes = self.store.usage(self.store.host).capacity_bytes
+                limits = replace(limits, host_bytes=host_bytes, host_mode=HostMode(config.host_mode))
         except LoaderError as error:
             raise CannotStart(f"{config.cache_path}: {error}") from None
-        models = Models(storage, config.allowed_code, runtime, preparation)
-        driver = Driver(engine, publisher, tasks, models=models, run_threads=config.run_threads)
+        engine = Engine(self.pod_id, self.address, limits, ClusterView(), POLICIES[config.policy], Random(self.pod_id))
+        self.engine = engine
+        publisher = Publisher(registry, config.lease_ttl_s)
+        models = Models(storage, config.allowed_code, runtime, preparation, self.store)
+        driver = Driver(engine, publisher, tasks, models=models, run_threads=config.run_threads, store=self.store)
 
         def forget(address: str) -> None:
             tasks.create_task(client.forget(address))
@@ -231,14 +242,7 @@ class Pod:
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
         observed = metrics.Metrics(
-            engine,
-            driver.in_line,
-            driver.batcher.sizes,
-            self._tls,
-            driver.preparing,
-            models.sizes,
-            runtime,
-            driver.batcher.joint,
+            engine, driver.in_line, driver.batcher.sizes, self._tls, driver.preparing, models.sizes, runtime
         )
         hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(
@@ -256,7 +260,7 @@ class Pod:
         await asyncio.to_thread(_preload, self.config.preloaded)
         await _until_registry(parts.mirror.load)
         publishing = tasks.create_task(parts.publisher.run())
-        for work in (parts.mirror.run(), parts.driver.tick()):
+        for work in (parts.mirror.run(), parts.driver.tick(), parts.driver.look_below()):
             tasks.create_task(work)
         if self._runtime is not None:
             tasks.create_task(self._runtime.watch(parts.driver.models_changed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from loaders.base import LoadedModel
-from mesh.company import Company
+from loaders.storage.source import Fetched
 from mesh.plans import Plans
 from mesh.rowwise import Kind, has_batch_dimension
 from mesh.runtime.model import RemoteModel
@@ -23,7 +23,7 @@ class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
     __slots__ = (
-        *("company", "files", "form", "forward", "model", "plans"),
+        *("fetched", "files", "form", "forward", "model", "plans"),
         *("settings", "size_bytes", "together", "tried", "workers"),
     )
 
@@ -34,11 +34,14 @@ class Resident:
         files: Files | None = None,
         form: str = "",
         size_bytes: int = 0,
+        fetched: Fetched | None = None,
     ) -> None:
         self.model = model
         self.size_bytes = size_bytes or model.size_bytes
         self.form = form
         """Which prepared form it is (`loaders.prepare`); empty: it is as its owner wrote it."""
+        self.fetched = fetched
+        """Where on disk the files are that it was loaded from; None: they are its owner's."""
         self.files = files
         """They must stay while it is loaded: frameworks map them."""
         self.settings = settings
@@ -49,8 +52,6 @@ class Resident:
         """Whether requests of a kind were found to be answered row by row; False: that is being tried."""
         self.forward = model.forward if isinstance(model, RemoteModel) else None
         """Has a server answer requests as they come; None: the model is run (`mesh.batcher`)."""
-        self.company: Company | None = None
-        """Of models that it may be run with in one call."""
         self.workers: Workers | None = None
         """Threads of its own, if it waits for another process: one that hangs takes none of the others'."""
 

@@ -13,7 +13,7 @@ from placement.limits import Limits
 from placement.link import age_key, is_oldest_turn, turn_key
 from placement.messages import Action
 from placement.moves import Moves
-from placement.records import TenantId
+from placement.records import ModelId, TenantId
 from placement.stats import Stats
 from placement.tenants import Tenants, choose
 
@@ -122,6 +122,18 @@ class Admission:
                 with closing(self._cache.evictable(now_ms)) as evictable:
                     victims = list(islice((copy for copy in evictable if copy.tenant == tenant), 1))
                 self._evict(victims, now_ms, actions)
+
+    def relieve(self, model_id: ModelId, size_bytes: int, now_ms: int, actions: list[Action]) -> None:
+        """Give up the coldest copies of so many bytes, but not the model that asks."""
+        victims: list[Copy] = []
+        with closing(self._cache.evictable(now_ms)) as evictable:
+            for copy in evictable:
+                if size_bytes <= 0:
+                    break
+                if copy.model.model_id != model_id:
+                    victims.append(copy)
+                    size_bytes -= copy.size_bytes
+        self._evict(victims, now_ms, actions)
 
     def _settle(self, copy: Copy, now_ms: int, actions: list[Action]) -> None:
         """Correct the books of a loaded copy; one that turned out larger may have to wait for evictions, or to go."""

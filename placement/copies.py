@@ -17,7 +17,7 @@ from placement.holdings import Holdings
 from placement.lifecycle import CopyState, IllegalMove, Move
 from placement.limits import Limits
 from placement.link import next_turn
-from placement.messages import Action, CopyWanted, Demoted, EstimateSize, HeldDropped, Wake
+from placement.messages import Action, CopyWanted, Demoted, EstimateSize, HeldDropped, HeldLost, MemoryShort, Wake
 from placement.moves import Moves
 from placement.policies.base import EvictionPolicy
 from placement.published import Published
@@ -155,6 +155,12 @@ class LocalCopies:
 
     def held_dropped(self, event: HeldDropped, now_ms: int) -> None:
         self._tiers.dropped(event.model_id, event.tier, now_ms)
+
+    def held_lost(self, event: HeldLost, now_ms: int, actions: list[Action]) -> None:
+        self._tiers.lost(event.model_id, event.tier, now_ms, actions)
+
+    def short(self, event: MemoryShort, now_ms: int, actions: list[Action]) -> None:
+        self._admission.relieve(event.model_id, event.size_bytes, now_ms, actions)
 
     def unwanted(self, model_id: ModelId, now_ms: int, actions: list[Action]) -> None:
         """The model was removed, or somebody asked for its copy to be given up; in the latter case lower tiers keep

@@ -26,11 +26,13 @@ from placement.messages import (
     Event,
     Forward,
     HeldDropped,
+    HeldLost,
     Hop,
     Join,
     LoadFailed,
     LoadFinished,
     LoadHere,
+    MemoryShort,
     Refuse,
     Route,
     Runs,
@@ -234,6 +236,10 @@ class Engine:
                 copies.demoted(event, now_ms, actions)
             case HeldDropped():
                 copies.held_dropped(event, now_ms)
+            case HeldLost():
+                copies.held_lost(event, now_ms, actions)
+            case MemoryShort():
+                copies.short(event, now_ms, actions)
             case CopyUnwanted(model_id):
                 copies.unwanted(model_id, now_ms, actions)
             case Tick(runs):

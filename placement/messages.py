@@ -76,6 +76,22 @@ class HeldDropped:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldLost:
+    """The tier does not have the model any more: others took its room (a disk cache is a node's), or it was damaged."""
+
+    model_id: ModelId
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryShort:
+    """A load, or a run, found less memory than the books say: give up the coldest others, about so many bytes."""
+
+    model_id: ModelId
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class CopyUnwanted:
     """The copy here is of no use: the model was removed or registered anew with other contents, or somebody asked for
     it to be given up (RepositoryModelUnload)."""
@@ -108,6 +124,8 @@ Event = (
     | UnloadFinished
     | Demoted
     | HeldDropped
+    | HeldLost
+    | MemoryShort
     | CopyUnwanted
     | Tick
     | DrainStarted

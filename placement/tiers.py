@@ -164,6 +164,14 @@ class LowerTiers:
             raise IllegalMove(f"nobody asked to drop it: {holding!r}")
         self._lower[tier].move(holding, HoldMove.DROPPED, now_ms)
 
+    def lost(self, model_id: ModelId, tier: Tier, now_ms: int, actions: list[Action]) -> None:
+        """It is not there any more. What a load reads is left to that load, which will find out."""
+        holding = self._lower[tier].entries.get(model_id)
+        if holding is not None and holding.state is HoldState.HELD and not holding.pins:
+            self._lower[tier].move(holding, HoldMove.DROP, now_ms)
+            self._lower[tier].move(holding, HoldMove.DROPPED, now_ms)
+            self._changed(holding.model, actions)
+
     def forget(self, model_id: ModelId, now_ms: int, actions: list[Action]) -> None:
         """If the model was removed or registered anew: what is held of it goes."""
         for holdings in self._lower.values():

@@ -76,8 +76,6 @@ class Architecture:
         self.facts = facts
         self.models = 0
         """That use it."""
-        self.promoted = 0
-        """Of these, the ones that have a session of their own."""
 
 
 architectures: Final = InUse[Architecture]()

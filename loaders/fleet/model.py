@@ -111,8 +111,6 @@ class SharedModel:
             with self._lock:
                 self._run = None
             promotions.forget(self)
-            if self._is_promoted:
-                self._architecture.promoted -= 1
             architectures.drop(self._architecture)
 
     def promote(self) -> bool:
@@ -147,7 +145,6 @@ class SharedModel:
             if self._run is None:
                 return False
             self._run, self._is_promoted, self._spared = run, promoted, spared
-            self._architecture.promoted += 1 if promoted else -1
             return True
 
 

@@ -125,18 +125,19 @@ DEVICES: Final[dict[str, str]] = {
 """`module:class` by kind, imported when the first is opened; each is made of `arena_bytes` and `slab_bytes`."""
 
 
-def open_device(kind: str, arena_bytes: int, slab_bytes: int) -> Device:
-    """A device with its memory.
+def open_device(name: str, arena_bytes: int, slab_bytes: int) -> Device:
+    """A device with its memory, by its kind, or where a machine has several, `kind:index`.
 
     Raises:
         LoaderError: unknown kind, its framework is not installed, or there is no such device.
         DeviceFull: the memory is not there.
     """
+    kind, _, index = name.partition(":")
     if kind not in DEVICES:
         raise LoaderError(f"unknown kind of device {kind!r}: expected one of {', '.join(DEVICES)}")
-    module, _, name = DEVICES[kind].partition(":")
-    opened: Callable[[int, int], Device] = getattr(import_module(module), name)
-    return opened(arena_bytes, slab_bytes)
+    module, _, made_by = DEVICES[kind].partition(":")
+    opened: Callable[..., Device] = getattr(import_module(module), made_by)
+    return opened(arena_bytes, slab_bytes, **({"index": int(index)} if index else {}))
 
 
 def placed(layout: Layout, spans: Sequence[Span]) -> Iterator[tuple[Place, int]]:

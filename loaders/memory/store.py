@@ -16,9 +16,10 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final, Protocol
+from typing import Final
 
 from loaders.base import LoaderError
+from loaders.memory.buffers import BUFFER_BYTES, Buffers, Source
 from loaders.memory.compaction import make_hole
 from loaders.memory.dedup import Catalogue, Known, ModelKey, Part
 from loaders.memory.device import CopyFailed, Copying, Device, DeviceLost, Move, placed
@@ -26,29 +27,9 @@ from loaders.memory.slots import Slot, Slots
 from loaders.memory.tier import Filling, NoRoom, Resident, Rows, Tier, Usage, moves_between, moves_of, rows_of
 from loaders.memory.weights_index import Contents, CorruptWeights
 
-BUFFER_BYTES: Final = 16 << 20
-"""Of each of the two buffers of the slab through which files go to the device."""
-
-
-class Source(Protocol):
-    """Where a model's bytes come from: a `weights.WeightsFile`, or what a bench makes up."""
-
-    @property
-    def contents(self) -> Contents: ...
-
-    def verify(self) -> None:
-        """
-        Raises:
-            CorruptWeights: the bytes are not those that were written.
-        """
-        ...
-
-    def read_into(self, target: memoryview, offset: int) -> None:
-        """
-        Raises:
-            LoaderError: they cannot be read.
-        """
-        ...
+COMPACTED_FROM: Final = 0.02
+"""Share of a tier that must be free beyond what is needed: to find what to move takes milliseconds, in which nobody can
+begin to use a model; below that it is cheaper to give up one more."""
 
 
 class Store:
@@ -72,9 +53,7 @@ class Store:
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._catalogue = Catalogue(self._cut)
-        self._buffer_bytes = buffer_bytes
-        self._buffers = (host_bytes, host_bytes + buffer_bytes)
-        self._buffers_lock = threading.Lock()
+        self._buffers = Buffers(device, host_bytes, buffer_bytes)
 
     def fill(self, key: ModelKey, source: Source) -> None:
         """Read a model into the host tier.
@@ -99,8 +78,7 @@ class Store:
         source.verify()
         with self._arriving(key, source.contents, self.device) as (resident, rows):
             resident.slot = self.slots.at(source.contents.layout, resident.spans)
-            with self._buffers_lock:
-                self._through_buffers(source, moves_of(resident.spans, rows))
+            self._buffers.up(source, moves_of(resident.spans, rows))
 
     def promote(self, key: ModelKey) -> None:
         """Copy a model from the host to the device; the host keeps it until it is dropped there.
@@ -169,8 +147,10 @@ class Store:
             contents = resident.known.contents
             for (place, offset), digest in zip(placed(contents.layout, resident.spans), contents.digests, strict=True):
                 found = hashlib.sha256()
-                for piece in self._read_back(tier, offset, place.size_bytes):
-                    found.update(piece)
+                if tier is self.host:
+                    found.update(self._port.slab[offset : offset + place.size_bytes])
+                else:
+                    self._buffers.down(offset, place.size_bytes, found.update)
                 if found.hexdigest() != digest:
                     raise CorruptWeights(f"tensor {place.name!r} of {key!r} in the {tier.name}'s memory has changed")
         finally:
@@ -213,39 +193,6 @@ class Store:
         finally:
             with self._lock:
                 held.pins -= 1
-
-    def _through_buffers(self, source: Source, moves: Sequence[Move]) -> None:
-        """One buffer is filled while the other is copied."""
-        started: list[Copying | None] = [None, None]
-        turn = 0
-        try:
-            for move in moves:
-                for done in range(0, move.size_bytes, self._buffer_bytes):
-                    size_bytes = min(self._buffer_bytes, move.size_bytes - done)
-                    at, before = self._buffers[turn], started[turn]
-                    if before is not None:
-                        before.wait()
-                    source.read_into(self._port.slab[at : at + size_bytes], move.source + done)
-                    started[turn] = self._port.up([Move(at, move.target + done, size_bytes)])
-                    turn = 1 - turn
-        except BaseException:
-            for copying in filter(None, started):
-                with suppress(LoaderError):  # what is raised says why; but nobody may write to freed bytes
-                    copying.wait()
-            raise
-        for copying in filter(None, started):
-            copying.wait()
-
-    def _read_back(self, tier: Tier, offset: int, size_bytes: int) -> Iterator[memoryview]:
-        if tier is self.host:
-            yield self._port.slab[offset : offset + size_bytes]
-            return
-        with self._buffers_lock:
-            at = self._buffers[0]
-            for done in range(0, size_bytes, self._buffer_bytes):
-                piece_bytes = min(self._buffer_bytes, size_bytes - done)
-                self._port.down([Move(offset + done, at, piece_bytes)]).wait()
-                yield self._port.slab[at : at + piece_bytes]
 
     @contextmanager
     def _arriving(self, key: ModelKey, contents: Contents, target: Tier) -> Iterator[tuple[Resident, Rows]]:
@@ -300,7 +247,8 @@ class Store:
         try:
             return target.place(known, filling)
         except NoRoom as no_room:
-            if target.arena.free_bytes >= no_room.needed_bytes:
+            left_bytes = target.arena.free_bytes - no_room.needed_bytes
+            if left_bytes >= target.arena.capacity_bytes * COMPACTED_FROM and not self.lost:
                 for hole_bytes in (no_room.needed_bytes, no_room.largest_bytes):
                     if make_hole(target, hole_bytes, lambda moves: self._shift(target, moves)):
                         with suppress(NoRoom):

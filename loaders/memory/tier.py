@@ -7,18 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from loaders.base import LoaderError
+from loaders.base import LoaderError, OutOfMemory
 from loaders.memory.arena import Arena, Extent
 from loaders.memory.dedup import Known, ModelKey, Part
 from loaders.memory.device import Move, Span
 from loaders.memory.slots import Slot
 
 
-class NoRoom(LoaderError):
-    """The tier is full; retryable, because room may be made."""
+class NoRoom(OutOfMemory):
+    """The tier is full, for now."""
 
     def __init__(self, message: str, needed_bytes: int, largest_bytes: int) -> None:
-        super().__init__(message, retryable=True)
+        super().__init__(message)
         self.needed_bytes = needed_bytes
         self.largest_bytes = largest_bytes
         """Of what cannot be cut."""

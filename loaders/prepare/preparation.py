@@ -69,7 +69,7 @@ class Preparation:
     `find` and `drop` may be called by any thread, `prepare` by one.
     """
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
+    def __init__(self, root: Path, max_bytes: int | None) -> None:
         self._root, self._max_bytes = root, max_bytes
         self._stopped = threading.Event()
         self._opening = threading.Lock()

@@ -1,4 +1,4 @@
-"""Whether a conversion may take a model's place: it must answer as the model does, and sooner.
+"""Whether a conversion may take a model's place: it must answer as it does, and sooner by more than it is larger.
 
 Labels must be equal; floating-point answers within `TOLERANCE` of the larger of their magnitude and 1, or for outputs
 that are not probabilities of the median magnitude of all; what one refuses the other must. That is tried, in the child,
@@ -18,7 +18,9 @@ from loaders.prepare import NotPreparable
 
 TOLERANCE: Final = 1e-5
 _GAIN: Final = 0.8
-"""A conversion takes at most this share of the model's own time."""
+"""A conversion takes at most this share of the model's own time, times what it takes more of memory."""
+_SMALL_BYTES: Final = 1 << 20
+"""Growing to this is free: a small session's fixed bytes must not keep a model of three coefficients slow."""
 _ROUNDS: Final = 5
 _LEAST_S: Final = 2e-3
 """What each timing of a few runs takes at least."""
@@ -51,8 +53,9 @@ def check_agreement(own: LoadedModel, conversion: LoadedModel, probes: Sequence[
 def check_gain(own: LoadedModel, conversion: LoadedModel, rows: Sequence[Request]) -> None:
     """
     Raises:
-        NotPreparable: for one of these requests it is not sooner.
+        NotPreparable: for one of these requests it is not sooner, or not by as much as it is larger.
     """
+    larger = max(1.0, conversion.size_bytes / max(own.size_bytes, _SMALL_BYTES))
     outputs = own.signature.default_outputs or [spec.name for spec in own.signature.outputs]
     for request in rows:
         count = len(next(iter(request.values())))
@@ -60,9 +63,10 @@ def check_gain(own: LoadedModel, conversion: LoadedModel, rows: Sequence[Request
         for _ in range(_ROUNDS):  # by turns, so that what else the machine does meets both
             model_s = min(model_s, _timed(own, request, outputs))
             conversion_s = min(conversion_s, _timed(conversion, request, outputs))
-        if conversion_s > _GAIN * model_s:
+        if conversion_s * larger > _GAIN * model_s:
             times = f"{conversion_s * 1e6:.0f} us against {model_s * 1e6:.0f} us for {count} row{'s' * (count > 1)}"
-            raise NotPreparable(f"its conversion is not faster: {times}")
+            memory = f", at {larger:.1f} times the memory" if larger > 1 else ""
+            raise NotPreparable(f"its conversion is not faster: {times}{memory}")
 
 
 def _answers(model: LoadedModel, probe: Request, outputs: Sequence[str]) -> dict[str, Tensor] | str:

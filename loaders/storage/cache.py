@@ -48,6 +48,15 @@ class Lease:
         self.folder = folder
         self._lock = lock
 
+    @property
+    def digest(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def size_bytes(self) -> int:
+        """That the entry takes, as long as it is not closed."""
+        return int(os.pread(self._lock, 32, 0) or 0)
+
     def close(self) -> None:
         if self._lock >= 0:
             with suppress(OSError):
@@ -60,7 +69,8 @@ class Cache:
     """The entries in a directory, which several processes may share."""
 
     def __init__(self, root: Path, max_bytes: int | None, stopped: threading.Event) -> None:
-        """`max_bytes`: None is half of what is free and what the cache has. What an earlier crash left is removed.
+        """`max_bytes`: None is a third of what is free and what the cache has; a pod has two of these. What an earlier
+        crash left is removed.
 
         Raises:
             LoaderError: the directory cannot be used.
@@ -73,7 +83,7 @@ class Cache:
             with self._counting():
                 self._sweep()
                 free = shutil.disk_usage(root).free
-                self.max_bytes = (free + self.used_bytes()) // 2 if max_bytes is None else max_bytes
+                self.max_bytes = (free + self.used_bytes()) // 3 if max_bytes is None else max_bytes
 
     def get(self, digest: str, size_bytes: int, fill: Callable[[Path, Room], None]) -> Lease:
         """The entry, filled into an empty directory first if it is not there; `fill` makes `files` in it.
@@ -122,6 +132,19 @@ class Cache:
                 return None
             os.utime(lock)
             return Lease(self.root / digest / "files", lock)
+
+    def has(self, digest: str) -> bool:
+        """Whether the entry is there; nothing keeps it from being removed by the time this answers."""
+        return self._is_there(digest)
+
+    def release(self, digest: str) -> None:
+        """Remove the entry, unless somebody uses it.
+
+        Raises:
+            LoaderError: the directory cannot be used.
+        """
+        with disk_told(), self._counting():
+            self._remove(digest)
 
     def drop(self, digest: str) -> bool:
         """Remove the entry; False: somebody uses it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,12 +50,25 @@ class Source:
     settings: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Files that lie in the cache, for as long as there is room for them."""
+
+    digest: str
+    name: str
+    """Of the model, in the entry; empty: it is the directory."""
+    size_bytes: int
+    """Of the entry."""
+
+
 class Held:
     """A model's files; they stay until `close`."""
 
-    def __init__(self, path: Path | str, lease: Lease | None = None) -> None:
+    def __init__(self, path: Path | str, lease: Lease | None = None, name: str = "") -> None:
         self.path = path
         self._lease = lease
+        self.fetched = None if lease is None else Fetched(lease.digest, name, lease.size_bytes)
+        """Where to find them again; None: they were not fetched."""
 
     def close(self) -> None:
         if self._lease is not None:
@@ -128,7 +142,43 @@ class Storage:
         )
         if only is None:
             return Held(lease.folder, lease)
-        return Held(top(lease.folder) if is_archive(only.name) else lease.folder / only.name, lease)
+        path = top(lease.folder) if is_archive(only.name) else lease.folder / only.name
+        return Held(path, lease, str(path.relative_to(lease.folder)))
+
+    @property
+    def cache_bytes(self) -> int:
+        """That fetched models may take on disk."""
+        if self._cache is not None:
+            return self._cache.max_bytes
+        if self._cache_bytes is not None:
+            return self._cache_bytes
+        there = next(folder for folder in (self._cache_dir, *self._cache_dir.parents) if folder.is_dir())
+        return shutil.disk_usage(there).free // 2
+
+    @property
+    def used_bytes(self) -> int:
+        """That they take now, of all pods on the node."""
+        return 0 if self._cache is None else self._cache.used_bytes()
+
+    def find(self, fetched: Fetched) -> Held | None:
+        """Files that were fetched before, if they are still here; no store is asked.
+
+        Raises:
+            LoaderError: the cache cannot be read.
+        """
+        lease = self._open_cache().find(fetched.digest)
+        return None if lease is None else Held(lease.folder / fetched.name, lease, fetched.name)
+
+    def has(self, fetched: Fetched) -> bool:
+        return self._open_cache().has(fetched.digest)
+
+    def release(self, fetched: Fetched) -> None:
+        """Give the disk back, unless somebody reads it.
+
+        Raises:
+            LoaderError: the cache cannot be used.
+        """
+        self._open_cache().release(fetched.digest)
 
     def _check_capacity(self, entries: Sequence[Entry]) -> None:
         """Refuse a file that is larger than the pod's memory before it is fetched. All of them together may be: formats

@@ -160,7 +160,7 @@ def test_an_exported_skeleton_takes_any_tenants_weights(tmp_path: Path) -> None:
         found = model.infer({"x": x}, ["scores", "twice"])
         np.testing.assert_allclose(found["scores"], module(torch.from_numpy(x))["scores"].detach().numpy(), rtol=1e-5)
         np.testing.assert_array_equal(found["twice"], x * 2)
-    assert models[0].architecture is models[1].architecture
+    assert models[0].family is models[1].family
     assert models[1].size_bytes < models[0].size_bytes  # the first pays for the skeleton
 
 
@@ -185,7 +185,7 @@ def test_models_of_one_architecture_share_a_skeleton_until_the_last_goes(tmp_pat
     other = Artifact(saved(mlp(hidden=17), tmp_path / "wide.safetensors"), {"architecture": MLP})
     before = len(families.in_use())
     models = [LOADER.load(artifact) for artifact in (*artifacts, other)]
-    assert len({model.architecture for model in models}) == 2
+    assert len({model.family for model in models}) == 2
     x = rows(1, 8)
     answers = [model.infer({"input": x}, ["output"])["output"] for model in models]
     assert len({answer.tobytes() for answer in answers}) == 4

@@ -86,3 +86,16 @@ def test_what_is_not_faster_is_not_worth_it() -> None:
     check_gain(Model(slow), Model(labels), [ROWS])
     with pytest.raises(NotPreparable, match=r"its conversion is not faster: \d+ us against \d+ us for 9 rows"):
         check_gain(Model(labels), Model(slow), [ROWS])
+
+
+def test_what_is_larger_must_be_faster_by_as_much() -> None:
+    def slow(rows: Tensor) -> Tensor:
+        time.sleep(0.002)
+        return rows
+
+    own, conversion = Model(slow), Model(labels)
+    own.size_bytes, conversion.size_bytes = 1_000, 1 << 20
+    check_gain(own, conversion, [ROWS])
+    conversion.size_bytes = 1 << 40
+    with pytest.raises(NotPreparable, match=r"is not faster: .* for 9 rows, at 1048576.0 times the memory"):
+        check_gain(own, conversion, [ROWS])

@@ -17,9 +17,9 @@ from mesh.driver import Driver
 from mesh.pod import Pod
 from mesh.registry.base import Change, Commit, Entry, Registry, RegistryError, Session, Snapshot
 from mesh.registry.memory import MemoryRegistry, MemorySession, MemoryStore
-from mesh.resident import Resident
 from placement.lifecycle import CopyState
-from placement.records import CopyStatus, ModelRecord
+from placement.messages import StartLoad
+from placement.records import CopyStatus
 from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.mesh.client import Client
@@ -223,12 +223,12 @@ async def running(pod_ids: str, loads: Loads, **settings: Any) -> AsyncIterator[
         await mesh.close()
 
 
-def watch_loads(loads: Loads, load_model: Callable[[Driver, ModelRecord], Resident]) -> Callable[..., Resident]:
+def watch_loads(loads: Loads, load_model: Callable[[Driver, StartLoad], Any]) -> Callable[[Driver, StartLoad], Any]:
     """`Driver._load_model`, told to `loads` first."""
 
-    def load(driver: Driver, model: ModelRecord) -> Resident:
-        loads(driver.engine.pod_id, model.model_id)
-        return load_model(driver, model)
+    def load(driver: Driver, action: StartLoad) -> Any:
+        loads(driver.engine.pod_id, action.model.model_id)
+        return load_model(driver, action)
 
     return load
 

@@ -67,7 +67,8 @@ class Bench:
         self.workers = Workers(threads, loop)
         self.in_line = InLine(loop)
         self.lost: list[Copy] = []
-        self.batcher = Batcher(self.workers, self.in_line, self.pin, self.unpin, self.lost.append)
+        self.short: list[Copy] = []
+        self.batcher = Batcher(self.workers, self.in_line, self.pin, self.unpin, self.lost.append, self.short.append)
         self.copy = Copy(ModelRecord("m", "test", "", "", 0), since_ms=0, used_ms=0)
         self.model = Model()
         self.resident = Resident(self.model, ModelSettings(**settings))

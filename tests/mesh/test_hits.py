@@ -19,7 +19,7 @@ from mesh.h2_client import H2Client
 from mesh.in_line import Pace
 from mesh.resident import Resident
 from mesh.rpc import Metadata
-from placement.records import ModelRecord
+from placement.messages import StartLoad
 from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.mesh.models import mlp
@@ -84,9 +84,9 @@ async def one(loads: Loads, repository: Path, monkeypatch: pytest.MonkeyPatch) -
     pod = One(mesh, client)
     load_model = Driver._load_model
 
-    def load(driver: Driver, model: ModelRecord) -> Resident:
+    def load(driver: Driver, action: StartLoad) -> Any:
         pod.driver = driver
-        return load_model(driver, model)
+        return load_model(driver, action)
 
     monkeypatch.setattr(Driver, "_load_model", load)
     monkeypatch.setattr(Pace, "measured", lambda pace, elapsed_s: None)  # nothing here depends on the machine's mood

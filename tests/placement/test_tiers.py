@@ -17,8 +17,10 @@ from placement.messages import (
     DropHeld,
     EstimateSize,
     HeldDropped,
+    HeldLost,
     LoadFailed,
     LoadFinished,
+    MemoryShort,
     StartLoad,
     StartUnload,
     Tick,
@@ -257,6 +259,37 @@ def test_what_is_given_up_before_its_size_is_settled_is_not_kept() -> None:
     assert pod.state("a") is CopyState.SIZING
     assert pod.step(CopyUnwanted("a"))[-1] == StartUnload("a")
     pod.unpin(held)
+
+
+def test_what_a_tier_has_lost_is_not_told_any_more() -> None:
+    pod = pod_with(disk_bytes=9)
+    pod.load("a", 4)
+    pod.give_up("a")
+    pod.below.held[DISK].pop("a")
+    assert pod.step(HeldLost("a", DISK)) == [Unpublish("a")]
+    assert pod.step(HeldLost("a", DISK)) == [], "it is known by now"
+    assert pod.engine.pod_record().disk_free_bytes == 9
+    pod.want("a")
+    assert pod.estimating, "its load starts from the store"
+    pod.settle()
+
+
+def test_what_a_load_reads_is_not_lost_until_that_has_ended() -> None:
+    pod = pod_with(disk_bytes=9)
+    pod.load("a", 4)
+    pod.give_up("a")
+    pod.want("a")
+    assert pod.step(HeldLost("a", DISK)) == []
+    pod.settle()
+
+
+def test_the_coldest_go_where_memory_is_short_but_not_who_asks() -> None:
+    pod = pod_with(12)
+    for at, model_id in enumerate("abc"):
+        pod.load(model_id, 4, START_MS + at)
+    assert pod.step(MemoryShort("a", 5))[-1] == StartUnload("c")
+    assert [pod.state(model_id) for model_id in "abc"] == [CopyState.LOADED, CopyState.UNLOADING, CopyState.UNLOADING]
+    pod.settle()
 
 
 # What an earlier process has left

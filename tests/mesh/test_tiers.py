@@ -1,0 +1,206 @@
+"""Tiers in real pods: disk below every pod, host memory and a device (`FakeDevice`, `HostDevice`) where there is one.
+Authority: docs/ARCHITECTURE.md, "A load" and "Weights"; decision 7; issue 6, "Bad input gets"."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loaders import LOADERS, Format
+from loaders.base import Tensor
+from loaders.memory.fake import FakeDevice
+from loaders.storage.cache import Cache
+from mesh.pod import Pod
+from placement.holdings import HoldState
+from placement.records import CopyStatus, Tier
+from protos import inference_pb2 as v2
+from protos import management_pb2 as mm
+from tests.loaders.dense_weights import ROWS, Dense, write_dense
+from tests.loaders.object_server import ObjectServer, serving
+from tests.mesh.pods import Loads, Mesh, running, until
+from tests.mesh.test_storage import register, settings
+
+KIB = 1 << 10
+ONE = 256 * KIB
+"""What a model of `write_dense` takes."""
+
+
+@pytest.fixture
+def server() -> Iterator[ObjectServer]:
+    with serving() as server:
+        for name in ("m", "n"):
+            server.objects[f"{name}/model.synthetic.json"] = b'{"size_bytes": 5000}'
+        yield server
+
+
+def held(mesh: Mesh, model_id: str, tier: Tier, pod_id: str = "a") -> bool:
+    holding = mesh.pods[pod_id].engine.copies.lower[tier].entries.get(model_id)
+    return holding is not None and holding.state is HoldState.HELD
+
+
+async def give_up(mesh: Mesh, model_id: str, pod_id: str = "a") -> None:
+    """Have the device's copy given up, as for room."""
+    await mesh.clients[pod_id].call("RepositoryModelUnload", v2.RepositoryModelUnloadRequest(model_name=model_id))
+    await until(lambda: model_id not in mesh.pods[pod_id].engine.cache.copies)
+
+
+# Disk
+
+
+async def test_what_was_fetched_is_held_on_disk_and_loaded_from_there_while_the_store_is_away(
+    tmp_path: Path, server: ObjectServer
+) -> None:
+    async with running("a", Loads(), **settings(tmp_path, server)) as mesh:
+        await register(mesh, "m", "synthetic", "m")
+        assert held(mesh, "m", Tier.DISK)
+        await give_up(mesh, "m")
+        assert held(mesh, "m", Tier.DISK), "only the device's copy was to go"
+        server.shutdown()
+        server.server_close()
+        assert await mesh.infer("m") == "a"
+        assert server.gets("m/model.synthetic.json") == 1
+
+
+async def test_a_pod_that_has_the_files_is_preferred(tmp_path: Path, server: ObjectServer) -> None:
+    given: dict[str, Any] = {**settings(tmp_path, server)}
+    mesh = Mesh(Loads())
+    try:
+        for pod_id in "abc":
+            await mesh.start(pod_id, **given | {"cache_dir": str(tmp_path / pod_id)})
+        await mesh.together()
+        await register(mesh, "m", "synthetic", "m")
+        (holder,) = mesh.holders("m")
+        await mesh.clients["a"].call("RepositoryModelUnload", v2.RepositoryModelUnloadRequest(model_name="m"))
+        others = [pod for pod_id, pod in mesh.pods.items() if pod_id != holder]
+
+        def told() -> bool:
+            copies = [pod.engine.view.copies("m").get(holder) for pod in others]
+            return all(copy is not None and copy.status is CopyStatus.HELD for copy in copies)
+
+        await until(told)
+        assert await mesh.infer("m", others[0].pod_id) == holder
+    finally:
+        await mesh.close()
+
+
+async def test_a_removed_model_gives_its_disk_back(tmp_path: Path, server: ObjectServer) -> None:
+    async with running("a", Loads(), **settings(tmp_path, server)) as mesh:
+        await register(mesh, "m", "synthetic", "m")
+        await register(mesh, "same", "synthetic", "m")
+        entries = {path for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+        await mesh.unregister("m")
+        await until(lambda: "m" not in mesh.pods["a"].engine.copies.lower[Tier.DISK].entries)
+        assert {path for path in (tmp_path / "cache").iterdir() if path.is_dir()} == entries, "the other has them too"
+        await give_up(mesh, "same")
+        await mesh.unregister("same")
+        await until(lambda: not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()])
+
+
+async def test_what_another_pod_of_the_node_took_from_the_disk_is_noticed(
+    tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.driver._LOOK_S", 0.05)
+    async with running("a", Loads(), **settings(tmp_path, server)) as mesh:
+        await register(mesh, "m", "synthetic", "m")
+        await give_up(mesh, "m")
+        other = Cache(tmp_path / "cache", 30, threading.Event())
+        other.get("0" * 64, 20, lambda folder, _: (folder / "files").mkdir()).close()
+        other.close()
+        await until(lambda: not mesh.pods["a"].engine.copies.lower[Tier.DISK].entries)
+        assert await mesh.infer("m") == "a"
+        assert (server.gets("m/model.synthetic.json"), held(mesh, "m", Tier.DISK)) == (2, True)
+
+
+# Host and device
+
+
+@pytest.fixture
+def dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weights]:
+    monkeypatch.setitem(LOADERS, "dense", Format("tests.loaders.dense_weights:DenseLoader", (".weights",)))
+    monkeypatch.setattr(Dense, "open", 0)
+    yield Weights(tmp_path)
+    assert Dense.open == 0, "nothing is left of models that are gone"
+
+
+class Weights:
+    """Models, and what they answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.of: dict[str, Tensor] = {}
+
+    async def register(self, mesh: Mesh, *model_ids: str, columns: int = 1024, load: bool = True) -> mm.ModelStatusInfo:
+        for model_id in model_ids:
+            path = self.folder / f"{model_id}.weights"
+            self.of[model_id] = write_dense(path, len(self.of), columns)
+            info = mm.ModelInfo(type="dense", path=str(path))
+            request = mm.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=load, sync=load)
+            pod_id = next(iter(mesh.pods))
+            status = await mesh.clients[pod_id].call("registerModel", request)
+        assert isinstance(status, mm.ModelStatusInfo)
+        return status
+
+    async def infer(self, mesh: Mesh, model_id: str, pod_id: str = "a") -> str:
+        """The pod that served it, rightly."""
+        x = np.random.default_rng(7).standard_normal((1, ROWS)).astype(np.float32)
+        request = v2.ModelInferRequest(model_name=model_id, raw_input_contents=[x.tobytes()])
+        request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+        answer, headers = await mesh.clients[pod_id].call_for_headers("ModelInfer", request)
+        found = np.frombuffer(answer.raw_output_contents[0], np.float32)
+        np.testing.assert_allclose(found, (x @ self.of[model_id])[0], rtol=1e-4, atol=1e-4)
+        return headers["densemesh-pod"]
+
+
+@asynccontextmanager
+async def with_device(dense: Weights, pods: str = "a", models: int = 2, **more: Any) -> AsyncIterator[Mesh]:
+    """Pods whose devices hold so many models; the books of engine and store agree in the end."""
+    told = {"device": "fake", "device_memory": f"{models * ONE}B", "load_slots": 1, **more}
+    async with running(pods, Loads(), **told) as mesh:
+        yield mesh
+        for pod in mesh.pods.values():
+            await until(lambda pod=pod: agree(pod))  # type: ignore[misc]
+
+
+def agree(pod: Pod) -> bool:
+    """Whether the engine's books say what lies in the store's tiers."""
+    assert pod.store is not None
+    lower = pod.engine.copies.lower
+    host_bytes = lower[Tier.HOST].resident_bytes if Tier.HOST in lower else 0
+    taken = pod.store.usage(pod.store.device).taken_bytes, pod.store.usage(pod.store.host).taken_bytes
+    return taken == (pod.engine.cache.resident_bytes, host_bytes)
+
+
+def device_of(mesh: Mesh, pod_id: str = "a") -> FakeDevice:
+    store = mesh.pods[pod_id].store
+    assert store is not None
+    assert isinstance(store._port, FakeDevice)
+    return store._port
+
+
+@pytest.mark.parametrize("mode", ["exclusive", "inclusive"])
+@pytest.mark.parametrize("device", ["fake", "host"])
+async def test_models_go_through_host_and_device_and_answer_the_same(dense: Weights, mode: str, device: str) -> None:
+    names = [f"m{n}" for n in range(5)]
+    async with with_device(dense, device=device, host_memory=f"{6 * ONE}B", host_mode=mode) as mesh:
+        await dense.register(mesh, *names)
+        for _ in range(2):
+            for name in names:
+                assert await dense.infer(mesh, name) == "a"
+        moved = mesh.pods["a"].engine.stats.moved_bytes
+        assert moved[None, Tier.DEVICE] == 5 * ONE, "each was read from its file once"
+        assert moved[Tier.HOST, Tier.DEVICE] >= 8 * ONE
+        assert (moved[Tier.DEVICE, Tier.HOST] > 0) == (mode == "exclusive")
+        assert (moved[None, Tier.HOST] > 0) == (mode == "inclusive")
+        assert Dense.open == 5
+        pod = mesh.pods["a"]
+        held_there = [name for name in names if held(mesh, name, Tier.HOST)]
+        assert len(held_there) == (5 if mode == "inclusive" else 3)
+        for name in names:
+            await mesh.unregister(name)
+        await until(lambda: agree(pod) and not pod.engine.cache.resident_bytes)
