@@ -8,7 +8,8 @@ The architecture is, in this order,
   author's code, so that it needs `--allow-code pt2` (`loaders.skeletons.exported`).
 
 Names, datatypes and shapes of the file must be those that the architecture has. The file is mapped, so activating a
-model costs no copy; it must stay until the model is unloaded. CPU only.
+model costs no copy; it must stay until the model is unloaded. Where the pod has a device (`loaders.memory.tiered`), the
+weights are read into its memory and run there.
 
 Parameter `together: false` makes it an architecture whose models are never run in one call.
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -32,6 +34,7 @@ from loaders.skeletons.header import Header, read_header
 try:
     import torch
 
+    from loaders.skeletons.apart import Apart, placed
     from loaders.skeletons.base import Skeleton, Views
     from loaders.skeletons.exported import Exported, digest_of
     from loaders.skeletons.family import Family, families
@@ -63,18 +66,31 @@ class SafetensorsLoader:
     def load(self, artifact: Artifact) -> SafetensorsModel:
         path = _weights_in(artifact.path)
         header = read_header(path)
-        digest, _, build = _architecture(artifact, path, header)
-        with Change():
-            family, is_first = families.take(digest, lambda: Family(digest, build(), header.layout))
-            try:
-                declares = artifact.inputs or artifact.outputs
-                own = family.skeleton.signature
-                signature = agreed(own, artifact) if declares else own
-                size_bytes = _bytes(header) + (family.skeleton.size_bytes if is_first else 0)
-                return SafetensorsModel(family, signature, size_bytes, mapped(path, header))
-            except BaseException:
-                families.drop(family)
-                raise
+        with Change(), _taken(artifact, path, header) as (family, signature, is_first):
+            size_bytes = _bytes(header) + (family.skeleton.size_bytes if is_first else 0)
+            return SafetensorsModel(family, signature, size_bytes, mapped(path, header))
+
+    def weights_bytes(self, artifact: Artifact) -> int:
+        return max(placed(read_header(_weights_in(artifact.path))).size_bytes, 1)
+
+    def weightless(self, artifact: Artifact) -> Apart:
+        path = _weights_in(artifact.path)
+        header = read_header(path)
+        with _taken(artifact, path, header) as (family, signature, _):
+            return Apart(path, header, family, signature, run)
+
+
+@contextmanager
+def _taken(artifact: Artifact, path: Path, header: Header) -> Iterator[tuple[Family, Signature, bool]]:
+    """A model's architecture for as long as it is loaded, its signature, and whether it is the first there."""
+    digest, _, build = _architecture(artifact, path, header)
+    family, is_first = families.take(digest, lambda: Family(digest, build(), header.layout))
+    try:
+        own = family.skeleton.signature
+        yield family, agreed(own, artifact) if artifact.inputs or artifact.outputs else own, is_first
+    except BaseException:
+        families.drop(family)
+        raise
 
 
 class SafetensorsModel:
@@ -92,25 +108,35 @@ class SafetensorsModel:
         """Run once.
 
         Raises:
-            InferError: torch's reason; `bad_input` unless memory ran out: weights and architecture were checked, so
-                what remains is sizes that the signature leaves free, and values (an index beyond an embedding).
+            InferError: see `run`.
         """
-        try:
-            with torch.inference_mode():
-                feeds = {name: to_torch(tensor) for name, tensor in inputs.items()}
-                found = self.family.skeleton.run(self.weights, feeds)
-            return {name: to_numpy(found[name]) for name in outputs}
-        except InferError:
-            raise
-        except Exception as error:
-            if no_memory(error):
-                raise NoMemory(reason(error)) from error
-            raise InferError(reason(error), bad_input=True) from error
+        return run(self.family, self.weights, inputs, outputs)
 
     def unload(self) -> None:
         with Change():
             self.weights = {}
             families.drop(self.family)
+
+
+def run(family: Family, weights: Views, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+    """Run a skeleton once, where its weights are.
+
+    Raises:
+        InferError: torch's reason; `bad_input` unless memory ran out: weights and architecture were checked, so what
+            remains is sizes that the signature leaves free, and values (an index beyond an embedding).
+    """
+    try:
+        with torch.inference_mode():
+            device = next((tensor.device for tensor in weights.values()), torch.device("cpu"))
+            feeds = {name: to_torch(tensor).to(device) for name, tensor in inputs.items()}
+            found = family.skeleton.run(weights, feeds)
+        return {name: to_numpy(found[name].cpu()) for name in outputs}
+    except InferError:
+        raise
+    except Exception as error:
+        if no_memory(error):
+            raise NoMemory(reason(error)) from error
+        raise InferError(reason(error), bad_input=True) from error
 
 
 def mapped(path: Path, header: Header) -> dict[str, torch.Tensor]:
