@@ -14,14 +14,15 @@ from loaders.base import LoaderError, Tensor
 from mesh import __version__
 from mesh.directory import Directory, check_id
 from mesh.driver import Driver
-from mesh.errors import InvalidRequest, MeshError, ModelFailed, ModelNotFound, NotHere, Unimplemented
+from mesh.errors import InvalidRequest, MeshError, ModelFailed, ModelNotFound, NotHere, Unimplemented, encoded
 from mesh.models import settings_of
 from mesh.plans import answered, learn, split
 from mesh.residency import Residency, overall
 from mesh.resident import Resident
 from mesh.router import MODEL, Router, priority_of
-from mesh.rpc import Call, Handlers, Stream, Unary
+from mesh.rpc import SERVED, Call, Handlers, Stream, Unary
 from mesh.settings import ModelSettings
+from mesh.split import Split
 from mesh.tensors import check, decode, encode
 from mesh.wire import peek_string, with_strings
 from placement.cache import Copy
@@ -48,6 +49,7 @@ class Inference:
         directory: Directory,
         residency: Residency,
         is_ready: Callable[[], bool],
+        split: Split,
     ) -> None:
         self._driver = driver
         self._engine = driver.engine
@@ -55,6 +57,7 @@ class Inference:
         self._directory = directory
         self._residency = residency
         self._is_ready = is_ready
+        self._split = split
 
     def handlers(self) -> Handlers:
         unary: dict[str, Unary] = {
@@ -93,8 +96,13 @@ class Inference:
     # Models
 
     async def _model_infer(self, call: Call, message: bytes) -> bytes:
-        model_id, hop = await self._router.model_of(call, message, pb.ModelInferRequest.MODEL_NAME_FIELD_NUMBER)
-        return await self._router.walk(call, message, model_id, hop, self._infer_here)
+        field = pb.ModelInferRequest.MODEL_NAME_FIELD_NUMBER
+        model_id, hop = await self._router.model_of(call, message, field, splits=True)
+        if call.side is None:
+            return await self._router.walk(call, message, model_id, hop, self._infer_here)
+        call.reply_metadata[SERVED] = encoded(model_id)
+        with self._split.timed(*call.side):
+            return await self._router.walk(call, message, model_id, hop, self._infer_here)
 
     async def _infer_here(self, copy: Copy, call: Call, message: bytes) -> bytes:
         """Decode, run, encode. `model_name` of the response is the name the client asked for."""

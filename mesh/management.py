@@ -247,6 +247,8 @@ class Management:
             failed = bool(vmodel.failed)
             info.status = pb.VModelStatusInfo.TRANSITION_FAILED if failed else pb.VModelStatusInfo.TRANSITIONING
             info.targetModelStatus.CopyFrom(self._status(vmodel.target))
+            if vmodel.canary:
+                info.canary_percent = vmodel.canary_percent
             if failed and not info.targetModelStatus.errors:
                 info.targetModelStatus.errors.append(vmodel.failed)
         return info

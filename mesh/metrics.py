@@ -23,6 +23,7 @@ from mesh.preparing import Preparing
 from mesh.rpc import Call, Handlers, Unary
 from mesh.runtime.runtime import Runtime
 from mesh.sizes import Sizes
+from mesh.split import Split
 from mesh.tls import Tls
 from placement.engine import Engine
 from placement.lifecycle import CopyState
@@ -47,6 +48,7 @@ class Metrics(Collector):
         preparing: Preparing | None = None,
         sizes: Sizes | None = None,
         runtime: Runtime | None = None,
+        split: Split | None = None,
     ) -> None:
         self._engine = engine
         self._in_line = in_line
@@ -55,6 +57,7 @@ class Metrics(Collector):
         self._preparing = preparing
         self._runtime = runtime
         self._sizes = sizes
+        self._split = split
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._cells: dict[tuple[str, Code], Histogram] = {}
@@ -118,6 +121,8 @@ class Metrics(Collector):
         models.add_metric((), len(engine.view.models))
         yield models
         yield self._request_seconds()
+        if self._split is not None:
+            yield self._split.seconds()
         if self._in_line is not None:
             yield from _in_line(self._in_line)
         if self._batch_sizes is not None:

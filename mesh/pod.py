@@ -41,6 +41,7 @@ from mesh.router import Router
 from mesh.rpc import Call, Client, Handlers
 from mesh.runtime.runtime import Runtime
 from mesh.settings import to_key
+from mesh.split import Split
 from mesh.tls import Tls, TlsError
 from mesh.vmodels import VModels
 from placement.engine import Engine
@@ -235,18 +236,19 @@ class Pod:
             tasks.create_task(client.forget(address))
 
         mirror = Mirror(registry, engine.view, on_models_changed=driver.models_changed, on_pod_gone=forget)
-        directory = Directory(engine.view, mirror, asyncio.get_running_loop().time)
+        directory = Directory(engine.view, mirror, asyncio.get_running_loop().time, engine.sides.choose)
+        split = Split(engine.view)
         router = Router(driver, client, directory)
         residency = Residency(driver, router, client, tasks)
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
         observed = metrics.Metrics(
-            engine, driver.in_line, driver.batcher.sizes, self._tls, driver.preparing, models.sizes, runtime
+            engine, driver.in_line, driver.batcher.sizes, self._tls, driver.preparing, models.sizes, runtime, split
         )
         hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(
-            Inference(driver, router, directory, residency, self.serving.is_set).handlers()
+            Inference(driver, router, directory, residency, self.serving.is_set, split).handlers()
             | management.handlers()
             | Health(reflection.SERVICES, self.serving.is_set).handlers()
             | Handlers(streams=dict.fromkeys(REFLECTION, _reflect))

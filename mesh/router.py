@@ -65,8 +65,10 @@ class Router:
         """Whether the call may have come from another pod; `model_of` says for sure."""
         return call.keys is None or HOP in call.keys or _HOP_BINARY in call.keys
 
-    async def model_of(self, call: Call, message: bytes, field_number: int) -> tuple[ModelId, Hop]:
-        """The concrete model a call is for, and how the call came here.
+    async def model_of(
+        self, call: Call, message: bytes, field_number: int, *, splits: bool = False
+    ) -> tuple[ModelId, Hop]:
+        """The concrete model a call is for, and how the call came here; `splits`: see `Directory.resolve`.
 
         Raises:
             MeshError: see `Directory.resolve`.
@@ -80,7 +82,7 @@ class Router:
         if told and call.texts(HOP):
             await self._directory.refresh(told[0])
             return told[0], _hop(call)
-        return await self._directory.resolve(call, message, field_number), Hop.CLIENT
+        return await self._directory.resolve(call, message, field_number, splits=splits), Hop.CLIENT
 
     def known(self, call: Call, message: bytes, field_number: int) -> tuple[ModelId, Hop] | None:
         """What `model_of` says where nobody has to be asked for it.

@@ -21,6 +21,8 @@ Metadata = Sequence[tuple[str, str | bytes]]
 HOLDER = "densemesh-pod"
 """Response header: the pod that served the request; a client may go straight to it."""
 
+SERVED = "densemesh-model"
+"""Response header: which model that was, where a vmodel could have meant one of two; percent-encoded."""
 
 Begun = tuple[ModelId, Route, MeshError | None]
 """The first attempt of a call: the model, where it goes, and if it went there already, why it has to go elsewhere."""
@@ -43,6 +45,8 @@ class Call:
     """For what follows from the method and the metadata alone: front ends hand the same one to calls with the same."""
     begun: Begun | None = None
     """What a relay found out before it left the call to its handler."""
+    side: tuple[str, str] | None = None
+    """Of a call for a vmodel whose requests are split: the vmodel, and which side it is for."""
 
     def texts(self, key: str) -> list[str]:
         """The values of a key and of its `-bin` form, as text.

@@ -12,9 +12,11 @@ import logging
 from dataclasses import replace
 from typing import Final
 
+from mesh.driver import now_ms
 from mesh.errors import (
     AlreadyExists,
     FailedPrecondition,
+    InvalidRequest,
     LoadFailed,
     LoadUnavailable,
     MeshError,
@@ -62,16 +64,17 @@ class VModels:
         """Create a vmodel or give it a new target, which is registered as `asked` in the same commit if it is not yet.
 
         Raises:
-            ModelNotFound, AlreadyExists, FailedPrecondition: see management.proto.
+            InvalidRequest, ModelNotFound, AlreadyExists, FailedPrecondition: see management.proto.
             OverQuota: the model's tenant has as many as it may have.
             RegistryError
         """
+        percent = _percent(request)
         if asked is not None:
             check_quota(self._engine.view, asked.record)
         for _ in range(CAS_TRIES):
             old = await self._vmodel(request.vModelId)
             known = await self._model(request.targetModelId)
-            needed = _allowed(old, request)
+            needed = _allowed(old, request, percent)
             if known is not None and asked is not None:
                 asked.over(known)
             if old is not None and not needed:
@@ -79,29 +82,29 @@ class VModels:
                 return
             if known is None and asked is None:
                 raise ModelNotFound(f"targetModelId {request.targetModelId!r} is not registered")
-            active = request.targetModelId if self._at_once(old, request) or old is None else old.active
-            new = VModelRecord(
-                request.vModelId, active, request.targetModelId, owner=old.owner if old else request.owner
-            )
+            new = self._moved(old, request, percent)
             if await self._commit(old, new, create=asked.record if asked and known is None else None):
                 return
         raise FailedPrecondition(f"vmodel {request.vModelId!r} is being changed by others; try again")
 
     async def settled(self, request: pb.SetVModelRequest, deadline: float) -> None:
-        """Return when the transition has ended, well or not; with loadNow the target is then loaded or its load failed.
+        """Return when the transition has ended, well or not, or a canary may begin; with loadNow the target is then
+        loaded or its load failed.
 
         Raises:
             MeshError: it could not even be tried.
             TimeoutError
         """
         view = self._engine.view
-        if request.loadNow:
+        if request.loadNow or _percent(request):
             with contextlib.suppress(LoadFailed, LoadUnavailable, NoRoom):  # which the status tells
                 await self._residency.ensure_loaded(request.targetModelId, deadline)
 
         def ended() -> bool:
             vmodel = view.vmodels.get(request.vModelId)
-            return vmodel is None or vmodel.active == vmodel.target or bool(vmodel.failed)
+            if vmodel is None or vmodel.active == vmodel.target or vmodel.failed:
+                return True
+            return vmodel.canary and (not vmodel.canary_percent or self._loaded(vmodel.target) > 0)
 
         async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + _TRANSITION_S)):
             await self._mirror.until(ended)
@@ -126,12 +129,32 @@ class VModels:
         except (MeshError, RegistryError) as error:
             log.warning("vmodel %s: %s", action.new.vmodel_id, error)
 
-    def _at_once(self, old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
+    def _moved(self, old: VModelRecord | None, request: pb.SetVModelRequest, percent: int | None) -> VModelRecord:
+        """The record with its new target, or another share for that."""
+        name, target = request.vModelId, request.targetModelId
+        if old is None:
+            return VModelRecord(name, target, target, owner=request.owner)
+        if target == old.active or (percent is None and self._at_once(old, request)):
+            return VModelRecord(name, target, target, owner=old.owner)
+        share = percent
+        if share is None:  # a canary that is promoted keeps what it has
+            share = old.canary_percent if old.target == target else 0
+        return VModelRecord(
+            name,
+            old.active,
+            target,
+            owner=old.owner,
+            canary=percent is not None,
+            canary_percent=share,
+            since_ms=now_ms(),
+        )
+
+    def _at_once(self, old: VModelRecord, request: pb.SetVModelRequest) -> bool:
         """Whether the target becomes active now (ModelMesh): forced, nothing to lose, or just as ready."""
-        if old is None or request.force:
+        if request.force:
             return True
-        active = self._loaded(old.active)
-        return (active == 0 and not request.loadNow) or (active <= 1 and self._loaded(request.targetModelId) > 0)
+        active, target = self._loaded(old.active), self._loaded(request.targetModelId)
+        return (active == 0 and not request.loadNow) or (target > 0 and target >= active)
 
     def _loaded(self, model_id: ModelId) -> int:
         return sum(copy.status is CopyStatus.LOADED for copy in self._engine.copies_of(model_id).values())
@@ -189,7 +212,21 @@ def readable(entry: Entry | None) -> Record | None:
         raise FailedPrecondition(f"the registry's record cannot be read: {error}") from None
 
 
-def _allowed(old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
+def _percent(request: pb.SetVModelRequest) -> int | None:
+    """What a canary is to get; None: the target is to become active.
+
+    Raises:
+        InvalidRequest
+    """
+    percent = request.canary_percent if request.HasField("canary_percent") else 100
+    if percent > 100:
+        raise InvalidRequest(f"canary_percent: expected 0 to 100, found {percent}")
+    if percent < 100 and request.force:
+        raise InvalidRequest("force and canary_percent: expected one of them, as force switches at once")
+    return percent if percent < 100 else None
+
+
+def _allowed(old: VModelRecord | None, request: pb.SetVModelRequest, percent: int | None) -> bool:
     """Whether the change may and need be made.
 
     Raises:
@@ -208,4 +245,6 @@ def _allowed(old: VModelRecord | None, request: pb.SetVModelRequest) -> bool:
         raise FailedPrecondition(f"vmodel {name!r}: expected target {expected!r}, found {old.target!r}")
     if old.target != target:
         return True
-    return old.active != target and (request.force or bool(old.failed))
+    if old.active == target:
+        return False
+    return request.force or bool(old.failed) or percent != (old.canary_percent if old.canary else None)

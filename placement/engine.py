@@ -47,6 +47,7 @@ from placement.policies.base import EvictionPolicy
 from placement.records import CopyRecord, CopyStatus, ModelId, PodId, PodRecord, Priority, Tier
 from placement.scaling import Scaling
 from placement.selection import Wanted
+from placement.sides import Sides
 from placement.stats import Stats
 from placement.upkeep import Upkeep
 from placement.view import ClusterView
@@ -81,6 +82,7 @@ class Engine:
         self.peers = Peers(pod_id, limits, view, rng, self.pod_record, self.cache.copies)
         self.forward_started = self.peers.forward_started
         self.forward_ended = self.peers.forward_ended
+        self.sides = Sides(pod_id, self.peers.holders)
         self.scaling = Scaling(pod_id, limits, view, self.cache, self.peers)
         self.cache.is_kept = self.scaling.is_kept
         self._leaders = leader.Leaders()
@@ -245,6 +247,7 @@ class Engine:
             case Tick(runs):
                 copies.tick(now_ms, actions)
                 self.peers.tick(now_ms)
+                self.sides.forget(but=self.view.in_transition)
                 self._scale(runs, now_ms, actions)
                 self._lead(now_ms, actions)
                 if self.draining:
@@ -265,7 +268,7 @@ class Engine:
     def _lead(self, now_ms: int, actions: list[Action]) -> None:
         """What is on this pod to do if it is the leader."""
         if self._leaders.leader(self.view) == self.pod_id:
-            actions += leader.plan(self.view)
+            actions += leader.plan(self.view, self.peers, now_ms)
             self._upkeep.plan(now_ms, actions)
         else:
             self._upkeep.rest()

@@ -90,7 +90,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class VModelRecord:
-    """An alias: requests go to `active` until `target` is ready to take over."""
+    """An alias: requests go to `active` until `target` takes over, but for the share that a canary gets before."""
 
     vmodel_id: str
     active: ModelId
@@ -98,6 +98,13 @@ class VModelRecord:
     owner: str = ""
     failed: str = ""
     """Why the transition is blocked; empty: it is not."""
+    canary: bool = False
+    """The transition does not end by itself: `target` is to be promoted or given up."""
+    canary_percent: int = 0
+    """Of requests that go to `target` while it is loaded and not active (`placement.sides`). A canary that is promoted
+    keeps its share until it is active."""
+    since_ms: int = 0
+    """When the transition was asked for; Unix ms."""
     revision: int = field(default=0, compare=False)
 
 

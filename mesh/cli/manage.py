@@ -212,6 +212,12 @@ def vmodel() -> None:
 @click.option("--load-now", is_flag=True, help="Load MODEL even if the active model is not loaded.")
 @click.option("--force", is_flag=True, help="Switch at once, loaded or not.")
 @click.option("--wait", is_flag=True, help="Return when the switch has ended.")
+@click.option(
+    "--canary",
+    type=click.IntRange(0, 100),
+    metavar="PERCENT",
+    help="Give MODEL this share of the requests, and switch when it is promoted.",
+)
 @click.option("--expected-target", default="", help="Change it only if this is its target now.")
 @click.option("--owner", default="", help="Owner of a new vmodel; must match an existing one's.")
 @targeted
@@ -231,6 +237,7 @@ def vmodel_set(
         sync=flags["wait"],
         expectedTargetModelId=flags["expected_target"],
         owner=flags["owner"],
+        canary_percent=flags["canary"],
     )
     if uri:
         request.modelInfo.CopyFrom(pb.ModelInfo(type=format_name, path=_absolute(uri), key=key))
@@ -244,6 +251,41 @@ def vmodel_get(target: Target, vmodel_id: str) -> int | None:
     """Show the vmodel ID."""
     request = pb.GetVModelStatusRequest(vModelId=vmodel_id)
     return _show_vmodel(target, vmodel_id, target.call(MODEL_MESH + "getVModelStatus", request, pb.VModelStatusInfo))
+
+
+@vmodel.command("promote")
+@click.argument("vmodel_id", metavar="ID")
+@click.option("--wait", is_flag=True, help="Return when the switch has ended.")
+@targeted
+def vmodel_promote(target: Target, vmodel_id: str, wait: bool) -> int | None:
+    """Switch the vmodel ID to its canary."""
+    return _end_canary(target, vmodel_id, lambda status: status.targetModelId, sync=wait)
+
+
+@vmodel.command("rollback")
+@click.argument("vmodel_id", metavar="ID")
+@targeted
+def vmodel_rollback(target: Target, vmodel_id: str) -> int | None:
+    """Give up what the vmodel ID was to move to: its active model gets every request at once."""
+    return _end_canary(target, vmodel_id, lambda status: status.activeModelId)
+
+
+def _end_canary(
+    target: Target, vmodel_id: str, choice: Callable[[pb.VModelStatusInfo], str], *, sync: bool = False
+) -> int:
+    """Move to one of the vmodel's two models, if nobody has given it another target meanwhile."""
+    asked = pb.GetVModelStatusRequest(vModelId=vmodel_id)
+    status = target.call(MODEL_MESH + "getVModelStatus", asked, pb.VModelStatusInfo)
+    if status.status == VStatus.NOT_FOUND:
+        return _show_vmodel(target, vmodel_id, status)
+    request = pb.SetVModelRequest(
+        vModelId=vmodel_id,
+        targetModelId=choice(status),
+        updateOnly=True,
+        expectedTargetModelId=status.targetModelId,
+        sync=sync,
+    )
+    return _show_vmodel(target, vmodel_id, target.call(MODEL_MESH + "setVModel", request, pb.VModelStatusInfo))
 
 
 @vmodel.command("delete")
@@ -262,7 +304,8 @@ def _show_vmodel(target: Target, vmodel_id: str, status: pb.VModelStatusInfo) ->
     if status.activeModelId:
         lines.append(f"active {status.activeModelId}  {Status.Name(status.activeModelStatus.status)}")
     if status.targetModelId != status.activeModelId:
-        lines.append(f"target {status.targetModelId}  {Status.Name(status.targetModelStatus.status)}")
+        share = f"  canary {status.canary_percent} %" if status.HasField("canary_percent") else ""
+        lines.append(f"target {status.targetModelId}  {Status.Name(status.targetModelStatus.status)}{share}")
         lines += status.targetModelStatus.errors
     target.show(status, "\n".join(lines))
     return 1 if status.status in (VStatus.NOT_FOUND, VStatus.TRANSITION_FAILED) else 0

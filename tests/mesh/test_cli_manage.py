@@ -130,6 +130,25 @@ def test_vmodels(run: Command) -> None:
     assert run("status", "v2").stdout == "v2  NOT_FOUND\n"
 
 
+def test_a_canarys_life(run: Command) -> None:
+    options = ("--uri", "synthetic", "--format", "synthetic", "--auto-delete", "--load-now", "--wait")
+    assert run("vmodel", "set", "c", "c1", *options).returncode == 0
+    done = run("vmodel", "set", "c", "c2", *options, "--canary", "10")
+    shown = ["c  TRANSITIONING", "active c1  LOADED", "target c2  LOADED  canary 10 %"]
+    assert (done.returncode, done.stdout.splitlines()) == (0, shown)
+    assert told(run("vmodel", "get", "c", "--output", "json"))["canary_percent"] == 10
+    done = run("vmodel", "rollback", "c")
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["c  DEFINED", "active c1  LOADED"])
+    assert run("vmodel", "set", "c", "c3", *options, "--canary", "0").stdout.endswith("canary 0 %\n")
+    done = run("vmodel", "promote", "c", "--wait")
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["c  DEFINED", "active c3  LOADED"])
+    assert run("vmodel", "promote", "c").returncode == 0, "there is nothing to do"
+    assert run("vmodel", "delete", "c").returncode == 0
+    for command in ("promote", "rollback"):
+        done = run("vmodel", command, "c")
+        assert (done.returncode, done.stdout) == (1, "c  NOT_FOUND\n")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
