@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -133,6 +133,40 @@ class LoadedModel(Protocol):
 
     def unload(self) -> None:
         """Give all memory back; called once, with no `infer` running or to come."""
+        ...
+
+
+class Family(Protocol):
+    """Models of one architecture, of which a call can run several."""
+
+    def infer_many(
+        self, models: Sequence[Any], requests: Sequence[Mapping[str, Tensor]], outputs: Sequence[str]
+    ) -> list[dict[str, Tensor]]:
+        """Run a request on each of several models that have joined, all different. Requests must agree in everything
+        but the first dimension, which all inputs of one have in common. Answers are those of each model's `infer`,
+        within the rounding of their types.
+
+        Raises:
+            InferError: whichever of them is to blame; they are to be run one by one.
+        """
+        ...
+
+
+@runtime_checkable
+class Member(LoadedModel, Protocol):
+    """A model that may be run in one call with others."""
+
+    @property
+    def family(self) -> Family | None:
+        """None: it is not."""
+        ...
+
+    def join(self) -> None:
+        """Make it ready for `Family.infer_many`, however long it takes; it may be called again, and while it runs.
+
+        Raises:
+            LoaderError: it cannot be.
+        """
         ...
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any, Final, NamedTuple
 
 from loaders.artifacts import agreed, parameters, reading
 from loaders.base import Artifact, InferError, LoaderError, NoMemory, Signature, Tensor
-from loaders.memory.layout import ITEM_BYTES
+from loaders.memory.layout import aligned
 from loaders.memory.mapping import map_file
 from loaders.memory.process import Change
 from loaders.skeletons.header import Header, read_header
@@ -39,7 +40,9 @@ try:
     from loaders.skeletons.exported import Exported, digest_of
     from loaders.skeletons.family import Family, families
     from loaders.skeletons.network import MAX_DECLARED_BYTES, Network, declared_in
-    from loaders.torch_tensors import TORCH_DTYPES, no_memory, one_thread, reason, to_numpy, to_torch
+    from loaders.skeletons.rows import Row, Rows
+    from loaders.skeletons.views import ALIGNMENT, views
+    from loaders.torch_tensors import no_memory, one_thread, reason, to_numpy, to_torch
 except ImportError as missing:
     raise LoaderError("torch is not installed: pip install 'densemesh[safetensors]'") from missing
 
@@ -66,9 +69,9 @@ class SafetensorsLoader:
     def load(self, artifact: Artifact) -> SafetensorsModel:
         path = _weights_in(artifact.path)
         header = read_header(path)
-        with Change(), _taken(artifact, path, header) as (family, signature, is_first):
+        with _taken(artifact, path, header) as (family, signature, is_first):
             size_bytes = _bytes(header) + (family.skeleton.size_bytes if is_first else 0)
-            return SafetensorsModel(family, signature, size_bytes, mapped(path, header))
+            return SafetensorsModel(family, signature, size_bytes, _mapped(path, header))
 
     def weights_bytes(self, artifact: Artifact) -> int:
         return max(placed(read_header(_weights_in(artifact.path))).size_bytes, 1)
@@ -83,8 +86,8 @@ class SafetensorsLoader:
 @contextmanager
 def _taken(artifact: Artifact, path: Path, header: Header) -> Iterator[tuple[Family, Signature, bool]]:
     """A model's architecture for as long as it is loaded, its signature, and whether it is the first there."""
-    digest, _, build = _architecture(artifact, path, header)
-    family, is_first = families.take(digest, lambda: Family(digest, build(), header.layout))
+    architecture = _architecture(artifact, path, header)
+    family, is_first = families.take(architecture.digest, lambda: _built(architecture, header))
     try:
         own = family.skeleton.signature
         yield family, agreed(own, artifact) if artifact.inputs or artifact.outputs else own, is_first
@@ -98,11 +101,16 @@ class SafetensorsModel:
 
     waits: Final = 0
 
-    def __init__(self, family: Family, signature: Signature, size_bytes: int, weights: Views) -> None:
+    def __init__(self, architecture: Family, signature: Signature, size_bytes: int, bytes_of: torch.Tensor) -> None:
+        """`bytes_of`: the file's tensors, one after another."""
         self.signature = signature
         self.size_bytes = size_bytes
-        self.family = family
-        self.weights = weights
+        self.architecture = architecture
+        self.family = architecture if architecture.rows is not None else None
+        self.row: Row | None = None
+        self.weights: Views = views(architecture.layout, bytes_of)
+        self._mapped: torch.Tensor | None = bytes_of
+        self._lock = threading.Lock()
 
     def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
         """Run once.
@@ -110,12 +118,31 @@ class SafetensorsModel:
         Raises:
             InferError: see `run`.
         """
-        return run(self.family, self.weights, inputs, outputs)
+        return run(self.architecture, self.weights, inputs, outputs)
+
+    def join(self) -> None:
+        """Move the weights into a row; see `loaders.base.Member`.
+
+        Raises:
+            LoaderError: there is no memory.
+        """
+        with self._lock:
+            rows = self.architecture.rows
+            if self._mapped is None or rows is None:  # it has joined before, or was unloaded meanwhile
+                return
+            try:
+                self.row, self.weights = rows.put(self._mapped)
+            except (OSError, MemoryError) as error:
+                raise LoaderError(f"no memory for a row: {error}", retryable=True) from error
+            self._mapped = None
 
     def unload(self) -> None:
-        with Change():
-            self.weights = {}
-            families.drop(self.family)
+        with self._lock:
+            self._mapped, self.weights = None, {}
+            if self.row is not None and self.architecture.rows is not None:
+                self.architecture.rows.give_back(self.row)
+            self.row = None
+        families.drop(self.architecture)
 
 
 def run(family: Family, weights: Views, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
@@ -139,32 +166,33 @@ def run(family: Family, weights: Views, inputs: Mapping[str, Tensor], outputs: S
         raise InferError(reason(error), bad_input=True) from error
 
 
-def mapped(path: Path, header: Header) -> dict[str, torch.Tensor]:
-    """The tensors of a file by name, over its mapped bytes. Whoever writes to one has pages of its own.
+def _mapped(path: Path, header: Header) -> torch.Tensor:
+    """The bytes of a file's tensors. Whoever writes to them has pages of its own.
 
     Raises:
-        LoaderError: it cannot be mapped, or has become shorter.
+        LoaderError: it cannot be mapped, or has changed since its header was read.
     """
-    size_bytes = header.data_start + header.data_bytes
+    start, end = header.data_start, header.data_start + header.data_bytes
     with reading(path), path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size != size_bytes:
+        if os.fstat(file.fileno()).st_size != end:
             raise LoaderError(f"{path.name} has changed while it was read", retryable=True)
-        run = torch.from_numpy(map_file(file.fileno(), size_bytes, own=True))
-    return {
-        place.name: _aligned(run[header.data_start + place.offset : header.data_start + place.end], place.datatype)
-        .view(TORCH_DTYPES[place.datatype])
-        .reshape(place.shape)
-        for place in header.layout.places
-    }
+        found = torch.from_numpy(map_file(file.fileno(), aligned(end, ALIGNMENT), own=True))  # within its last page
+    return found[start:] if start % ALIGNMENT == 0 else _moved(found[start:end])
 
 
-def _aligned(run: torch.Tensor, datatype: str) -> torch.Tensor:
-    """Files of other writers than safetensors' own may have tensors at odd addresses."""
-    return (
-        run
-        if run.data_ptr() % ITEM_BYTES[datatype] == 0 and run.storage_offset() % ITEM_BYTES[datatype] == 0
-        else run.clone()
-    )
+def _moved(run: torch.Tensor) -> torch.Tensor:
+    """At an even address, and of an even length."""
+    moved = torch.zeros(aligned(len(run), ALIGNMENT), dtype=torch.uint8)
+    moved[: len(run)] = run
+    return moved
+
+
+def _built(architecture: _Architecture, header: Header) -> Family:
+    with Change():
+        skeleton = architecture.build()
+    suits = architecture.together and Rows.suit(header.layout, header.data_bytes)
+    rows = Rows(header.layout, header.data_bytes) if suits else None
+    return Family(architecture.digest, skeleton, header.layout, rows)
 
 
 def _bytes(header: Header) -> int:
@@ -185,6 +213,7 @@ def _weights_in(path: Path) -> Path:
 
 class _Architecture(NamedTuple):
     digest: str
+    together: bool
     expected_bytes: int
     """Of its skeleton."""
     build: Callable[[], Skeleton]
@@ -204,14 +233,14 @@ def _architecture(artifact: Artifact, weights: Path, header: Header) -> _Archite
     if declared is not None:
         text = json.dumps(declared, sort_keys=True)
         digest = hashlib.sha256(f"{told} {text}".encode()).hexdigest()
-        return _Architecture(digest, _DECLARED_BYTES, lambda: Network(declared, layout))
+        return _Architecture(digest, together, _DECLARED_BYTES, lambda: Network(declared, layout))
     if not path.is_file():
         expected = f"parameter 'architecture', or {DECLARATION} or {SKELETON} in its directory"
         raise LoaderError(f"{weights.name} comes without an architecture: expected {expected}")
     if "pt2" not in artifact.allowed_code:
         raise LoaderError(f"{path.name} can run its author's code when loaded: refused without --allow-code pt2")
     digest = hashlib.sha256(f"{told} {digest_of(path)}".encode()).hexdigest()
-    return _Architecture(digest, _EXPORTED_BYTES, lambda: Exported(path, layout))
+    return _Architecture(digest, together, _EXPORTED_BYTES, lambda: Exported(path, layout))
 
 
 def _declared_beside(weights: Path) -> Any:

@@ -9,12 +9,13 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Final
 
 from loaders.base import InferError, LoadedModel, NoMemory, Tensor
 from loaders.base import ModelLost as Lost
+from mesh.company import MOST_MODELS, MOST_ROWS_EACH, Company
 from mesh.errors import MODEL_FAILURES, InvalidRequest, MeshError, ModelFailed, ModelLost, NoRoom, NotHere
 from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
@@ -73,6 +74,8 @@ class Batch:
         """Loop time at which it is sent to the threads."""
         self.timer: asyncio.Handle | None = None
         self.job: Job[list[Results | MeshError]] | None = None
+        self.others: list[tuple[Batch, list[Results | MeshError]]] = []
+        """Batches of other models that were run with this one, and what came of them."""
         self._in_line = in_line
         self._size_bytes = sum(item.size_bytes for item in items)
         self._begun = False
@@ -108,11 +111,44 @@ class Batch:
             for n in range(count)
         ]
 
-    def work(self) -> list[Results | MeshError]:
-        """Run what has come."""
+    def begin(self) -> list[Mapping[str, Tensor]]:
+        """Nothing is added from now on; the requests."""
         with self._lock:
             self._begun = True
-        return infer_together(self.resident, [item.inputs for item in self.items], self.kind[0])
+            return [item.inputs for item in self.items]
+
+    def work_alone(self) -> list[Results | MeshError]:
+        """Run what has come."""
+        return infer_together(self.resident, self.begin(), self.kind[0])
+
+    def work(self) -> list[Results | MeshError]:
+        """Run what has come; with it, where that pays, what has come for other models of the family."""
+        requests, outputs = self.begin(), self.kind[0]
+        company = self.resident.company
+        others = list(self._others(company)) if company is not None else []
+        if company is None or not others:
+            return infer_together(self.resident, requests, outputs)
+        batches = [(self, requests), *((other, other.begin()) for other in others)]
+        answers = _infer_jointly(company, [(batch.resident, requests) for batch, requests in batches], outputs)
+        self.others = list(zip(others, answers[1:], strict=True))
+        return answers[0]
+
+    def _others(self, company: Company) -> Iterator[Batch]:
+        """Batches of the same kind and class that wait, which are not run by anybody else from now on."""
+        waiting = company.waiting.get((self.kind, self.priority))
+        if waiting is None:
+            return
+        waiting.pop(self, None)
+        if self.rows > MOST_ROWS_EACH or not company.tried.get(self.kind) or not company.pays(1 + len(waiting)):
+            return
+        models = {id(self.resident)}
+        for other in list(waiting):
+            if id(other.resident) in models or other.rows > MOST_ROWS_EACH or len(models) == MOST_MODELS:
+                continue
+            if other.job is not None and other.job.withdraw():
+                waiting.pop(other, None)
+                models.add(id(other.resident))
+                yield other
 
     @property
     def pace(self) -> Pace:
@@ -120,7 +156,11 @@ class Batch:
         return self._in_line.pace(self.copy.model.model_id, self._size_bytes)
 
     def measured(self, elapsed_s: float) -> None:
-        self.pace.measured(elapsed_s)
+        company = self.resident.company
+        if company is not None and self.others:
+            company.ran([self.pace, *(other.pace for other, _ in self.others)], elapsed_s)
+        else:
+            self.pace.measured(elapsed_s)
 
 
 def most_rows(resident: Resident) -> int:
@@ -147,11 +187,7 @@ def infer_together(
         else:
             rows = [rows_of(request) for request in requests]
             if all(results[name].shape[:1] == (sum(rows),) for name in outputs):
-                ends = list(accumulate(rows))
-                return [
-                    {name: result[end - size : end] for name, result in results.items()}
-                    for size, end in zip(rows, ends, strict=True)
-                ]
+                return _parted(requests, results)
             resident.together = False
     answers: list[Results | MeshError] = []
     for request in requests:
@@ -160,6 +196,28 @@ def infer_together(
         except MeshError as error:
             answers.append(error)
     return answers
+
+
+def _infer_jointly(
+    company: Company, batches: Sequence[tuple[Resident, Sequence[Mapping[str, Tensor]]]], outputs: Sequence[str]
+) -> list[list[Results | MeshError]]:
+    """Run batches of several models in one call, or if that fails one model after another."""
+    try:
+        models, stacked = [resident.model for resident, _ in batches], [stack(requests) for _, requests in batches]
+        results = company.family.infer_many(models, stacked, outputs)
+    except MODEL_FAILURES as error:
+        log.debug("a joint run failed, its models are run one by one: %s", error)
+        return [infer_together(resident, requests, outputs) for resident, requests in batches]
+    return [_parted(requests, result) for (_, requests), result in zip(batches, results, strict=True)]
+
+
+def _parted(requests: Sequence[Mapping[str, Tensor]], results: Results) -> list[Results | MeshError]:
+    """The rows of each request."""
+    rows = [rows_of(request) for request in requests]
+    return [
+        {name: result[end - size : end] for name, result in results.items()}
+        for size, end in zip(rows, accumulate(rows), strict=True)
+    ]
 
 
 def infer(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> Results:

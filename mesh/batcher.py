@@ -14,14 +14,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
+from weakref import WeakKeyDictionary
 
-from loaders.base import Tensor
+from loaders.base import Family, LoaderError, Tensor
+from loaders.base import Member as FamilyMember
 from mesh.batch import Batch, Item, Results, enough_rows, infer
+from mesh.company import Company
 from mesh.errors import MeshError, ModelLost, NoRoom, NotHere
 from mesh.histogram import Histogram
 from mesh.in_line import InLine, Pace
 from mesh.resident import Resident
-from mesh.rowwise import Kind, is_rowwise, kind_of, rows_of
+from mesh.rowwise import Kind, are_alike, is_rowwise, kind_of, rows_of
 from mesh.workers import Workers
 from placement.cache import Copy
 from placement.records import Priority
@@ -32,7 +35,30 @@ _TRY_S: Final = 0.25
 """Models whose runs take longer are tried, which takes four runs, only if their settings ask for batches."""
 _KINDS: Final = 64
 """Kinds of requests that are tried for one model."""
+_JOINED: Final = 8
+"""Models that are tried together."""
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+Member = tuple[Copy, Resident, Callable[[], Mapping[str, Tensor]]]
+"""A copy, what is there of it, and inputs of a request to it."""
+
+
+def _tried(resident: Resident, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> bool:
+    """Whether the model answers row by row; if so, it is made ready for what that is good for."""
+    if not is_rowwise(resident.model, inputs, outputs):
+        return False
+    if resident.company is not None and isinstance(resident.model, FamilyMember):
+        try:
+            resident.model.join()
+        except LoaderError as error:
+            log.warning("a model is run without others of its family: %s", error)
+            resident.company = None
+    return True
+
+
+def _first(item: Item) -> Mapping[str, Tensor]:
+    return item.inputs
 
 
 class Batcher:
@@ -60,6 +86,9 @@ class Batcher:
         """Of each copy, kind and class of requests: what was begun last and has not ended."""
         self.sizes = Histogram(_SIZES)
         """Requests in one run of a model."""
+        self.joint = Histogram(_SIZES)
+        """Models in one call for several."""
+        self._companies: WeakKeyDictionary[Family, Company] = WeakKeyDictionary()
 
     def runs_in_line(self, pace: Pace) -> bool:
         """Whether a run may be made on the loop now: it is known to be fast, and the turn has time for it."""
@@ -77,7 +106,7 @@ class Batcher:
             resident.tried[kind] = False
             self._pin(copy)
             given = inputs()
-            job = self._workers_of(resident).submit(lambda: is_rowwise(resident.model, given, kind[0]), Pace())
+            job = self._workers_of(resident).submit(lambda: _tried(resident, given, kind[0]), Pace())
 
             def ended(rowwise: asyncio.Future[bool]) -> None:
                 self._unpin(copy)
@@ -88,6 +117,37 @@ class Batcher:
 
             job.future.add_done_callback(ended)
         return bool(tried)
+
+    def may_join(self, company: Company, kind: Kind, members: Sequence[Member]) -> bool:
+        """Whether requests of the kind, each of which may be batched, may be run in one call. If that is not known, it
+        is tried in a thread."""
+        tried = company.tried.get(kind)
+        if tried is None and len(members) > 1 and len(company.tried) < _KINDS:
+            company.tried[kind] = False
+            members = members[:_JOINED]
+            for copy, _, _ in members:
+                self._pin(copy)
+            models, requests = [resident.model for _, resident, _ in members], [first() for _, _, first in members]
+            job = self._workers.submit(lambda: are_alike(company.family, models, requests, kind[0]), Pace())
+
+            def ended(alike: asyncio.Future[bool]) -> None:
+                for copy, _, _ in members:
+                    self._unpin(copy)
+                company.tried[kind] = alike.result()
+                if not alike.result():
+                    log.info("models like %s are run one by one", members[0][0].model.model_id)
+
+            job.future.add_done_callback(ended)
+        return bool(tried) and len(members) > 1
+
+    def meet(self, resident: Resident) -> None:
+        """A model was loaded; if it has a family, others are or may come."""
+        model = resident.model
+        if resident.together and isinstance(model, FamilyMember) and (family := model.family) is not None:
+            company = self._companies.get(family)
+            if company is None:
+                company = self._companies[family] = Company(family)
+            resident.company = company
 
     async def run(
         self,
@@ -159,7 +219,7 @@ class Batcher:
     def _send(self, batch: Batch) -> None:
         batch.due_s, batch.timer = -math.inf, None
         if self.runs_in_line(batch.pace):
-            self._ended(batch, self._in_line.run(batch, batch.work))
+            self._ended(batch, self._in_line.run(batch, batch.work_alone))
             return
         workers = self._workers_of(batch.resident)
         parts = 1 if batch.resident.settings.max_queue_delay_us else min(workers.idle, len(batch.items))
@@ -168,15 +228,36 @@ class Batcher:
             for part in batches:
                 self._pin(part.copy)
             self._forget(batch)
+        if (company := batch.resident.company) is not None and batch.rows:
+            self._wait_with_others(company, batches)
         for part in batches:
             part.job = workers.submit(part.work, part, part.priority)
             part.job.future.add_done_callback(partial(self._done, part))
+
+    def _wait_with_others(self, company: Company, batches: Sequence[Batch]) -> None:
+        """Where another model's batch may be begun with these by the same thread."""
+        batch = batches[0]
+        if not self.may_batch(batch.copy, batch.resident, batch.kind, lambda: batch.items[0].inputs):
+            return
+        waiting = company.waiting.setdefault((batch.kind, batch.priority), {})
+        if batch.kind not in company.tried:
+            pair = [each for each in (next(iter(waiting), None), batch) if each is not None and each.items]
+            if len({id(each.resident) for each in pair}) > 1:
+                firsts = [partial(_first, each.items[0]) for each in pair]
+                members = [(each.copy, each.resident, first) for each, first in zip(pair, firsts, strict=True)]
+                self.may_join(company, batch.kind, members)
+        waiting.update(dict.fromkeys(batches))
 
     def _workers_of(self, resident: Resident) -> Workers:
         return resident.workers or self._workers
 
     def _done(self, batch: Batch, results: asyncio.Future[list[Results | MeshError]]) -> None:
-        self._ended(batch, results.result())
+        answers = results.result()
+        if batch.others:
+            self.joint.observe(1 + len(batch.others))
+        for other, others_answers in batch.others:
+            self._ended(other, others_answers)
+        self._ended(batch, answers)
 
     def _give_up(self, batch: Batch) -> None:
         """Nobody is left in a batch that was not begun."""
@@ -208,5 +289,7 @@ class Batcher:
 
     def _forget(self, batch: Batch) -> None:
         self._unpin(batch.copy)
+        if (company := batch.resident.company) is not None:
+            company.waiting.get((batch.kind, batch.priority), {}).pop(batch, None)
         if self._latest.get(batch.key) is batch:
             del self._latest[batch.key]

@@ -320,6 +320,7 @@ class Driver:
             if loaded.model.waits and loaded.forward is None:
                 loaded.workers = Workers(loaded.model.waits, asyncio.get_running_loop(), "wait")
                 self.in_line.keep_out(model_id)
+            self.batcher.meet(loaded)
             elapsed_ms = (time.monotonic() - started) * 1e3
             size_bytes = loaded.size_bytes
             said = ", ".join(filter(None, (loaded.form, action.source and f"from {action.source.value}")))

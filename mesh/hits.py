@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from loaders.base import Tensor
+from mesh.company import MOST_ROWS_EACH, Company, JointRun
 from mesh.directory import NAMING, Directory
 from mesh.driver import Driver, now_ms
 from mesh.errors import MODEL_FAILURES, MeshError
@@ -22,6 +24,7 @@ from mesh.in_line import Pace
 from mesh.plans import Plan, Tensors, answered, answered_together, split
 from mesh.resident import Resident
 from mesh.router import CREATED, HOP, MODEL, PRIORITY, Router, priority_of
+from mesh.rowwise import Kind
 from mesh.rpc import HOLDER, Call, Caller, Head
 from placement.cache import Copy
 from placement.lifecycle import CopyState
@@ -47,7 +50,7 @@ _Waiting = tuple[Caller, Any, bytes, bytes, Tensors, float, float]
 class _Group:
     """Requests that differ in nothing but their ids and tensors."""
 
-    __slots__ = ("copy", "pace", "plan", "resident", "size_bytes", "waiting")
+    __slots__ = ("copy", "pace", "plan", "resident", "served", "size_bytes", "waiting")
 
     def __init__(self, copy: Copy, resident: Resident, plan: Plan, pace: Pace, size_bytes: int) -> None:
         self.copy = copy
@@ -57,6 +60,12 @@ class _Group:
         """This and the next: of one request."""
         self.size_bytes = size_bytes
         self.waiting: list[_Waiting] = []
+        self.served = 0
+        """Of those waiting, from the first on."""
+
+    def first(self) -> dict[str, Tensor]:
+        """The inputs of the first that waits."""
+        return self.plan.arrays(self.waiting[0][4])
 
 
 class Hits:
@@ -129,49 +138,107 @@ class Hits:
         groups, self._groups = self._groups, {}
         callers: dict[Caller, None] = {}
         now_s, used_ms = self._loop.time(), now_ms()
-        for group in groups.values():
-            served = 0
+        if len(groups) > 1:
             try:
-                served = self._serve(group, callers, now_s)
-                self._engine.served(group.copy, served, used_ms)
+                self._serve_jointly(groups.values(), callers, now_s)
+            except Exception:
+                log.exception("models are run one by one")
+        for group in groups.values():
+            try:
+                if group.served < len(group.waiting):
+                    self._serve(group, callers, now_s)
+                self._engine.served(group.copy, group.served, used_ms)
             except Exception:
                 log.exception("requests are left to their handler")
-            for caller, call, message, *_ in group.waiting[served:]:
+            for caller, call, message, *_ in group.waiting[group.served :]:
                 caller.give_back(call, message)
             self._driver.unpin(group.copy)
         for caller in callers:
             caller.flush()
 
-    def _serve(self, group: _Group, callers: dict[Caller, None], now_s: float) -> int:
-        """Answer requests, as many at once as may be; how many were, beginning with the first."""
+    def _serve_jointly(self, groups: Iterable[_Group], callers: dict[Caller, None], now_s: float) -> None:
+        """Answer requests to several models of a family in one run each time, where that is right and pays."""
+        families: dict[tuple[int, Kind], list[_Group]] = {}
+        for group in groups:
+            company = group.resident.company
+            if company is not None and 0 < group.plan.rows <= MOST_ROWS_EACH:
+                families.setdefault((id(company), group.plan.kind), []).append(group)
+        for (_, kind), alike in families.items():
+            company = alike[0].resident.company
+            if company is None or not company.pays(len(alike)):
+                continue
+            ready = [group for group in alike if group.waiting[0][5] > now_s and self._may_join(group)]
+            if not self._batcher.may_join(company, kind, [(each.copy, each.resident, each.first) for each in ready]):
+                continue
+            most = company.most_in_line(alike[0].pace.typical_s)
+            for begin in range(0, len(ready), most) if most > 1 else ():
+                chosen = ready[begin : begin + most]
+                if len(chosen) < 2 or not self._in_line.has_time or not self._run_jointly(company, chosen, callers):
+                    break
+
+    def _may_join(self, group: _Group) -> bool:
+        return self._batcher.may_batch(group.copy, group.resident, group.plan.kind, group.first)
+
+    def _run_jointly(self, company: Company, groups: Sequence[_Group], callers: dict[Caller, None]) -> bool:
+        """Whether the run went well."""
+        taken = [group.waiting[: MOST_ROWS_EACH // group.plan.rows] for group in groups]
+        requests = [
+            group.first()
+            if len(waiting) == 1
+            else group.plan.stacked([tensors for _, _, _, _, tensors, _, _ in waiting])
+            for group, waiting in zip(groups, taken, strict=True)
+        ]
+        models, outputs = [group.resident.model for group in groups], groups[0].plan.outputs
+        began_s = time.perf_counter()
+        try:
+            results = company.family.infer_many(models, requests, outputs)
+        except MODEL_FAILURES:  # one of them is to blame, which shows when each is run alone
+            return False
+        finally:
+            run = JointRun(company, [group.pace for group in groups])
+            self._in_line.ran(run, time.perf_counter() - began_s)
+        self._batcher.joint.observe(len(groups))
+        for group, waiting, result in zip(groups, taken, results, strict=True):
+            responses = _answers(group.plan, [id_field for _, _, _, id_field, _, _, _ in waiting], result)
+            if responses is not None:
+                self._batcher.sizes.observe(len(waiting))
+                self._settle(group, waiting, responses, callers)
+        return True
+
+    def _serve(self, group: _Group, callers: dict[Caller, None], now_s: float) -> None:
+        """Answer requests, as many at once as may be, beginning with the first that has no answer."""
         model_id, waiting = group.copy.model.model_id, group.waiting
         most = self._most(group) if len(waiting) > 1 else 1
         count, pace = 1, group.pace
-        served = 0
-        while served < len(waiting):
+        while group.served < len(waiting):
             if most > 1:
-                count, pace = self._in_line.together(model_id, group.size_bytes, min(most, len(waiting) - served))
+                left = len(waiting) - group.served
+                count, pace = self._in_line.together(model_id, group.size_bytes, min(most, left))
             if not count or not self._batcher.runs_in_line(pace):
                 break
-            chunk = waiting[served : served + count]
+            chunk = waiting[group.served : group.served + count]
             _, _, _, id_fields, tensors, deadlines, _ = zip(*chunk, strict=True)
             responses = self._run(group, pace, id_fields, tensors) if min(deadlines) > now_s else None
             if responses is None:
                 break
-            ended_s = time.perf_counter()
-            for (caller, call, _, _, _, _, since_s), response in zip(chunk, responses, strict=True):
-                caller.settle(call, self._headers, response)
-                callers[caller] = None
-                self._ok.observe(ended_s - since_s)
-            served += count
-        return served
+            self._settle(group, chunk, responses, callers)
+
+    def _settle(
+        self, group: _Group, chunk: Sequence[_Waiting], responses: Sequence[bytes], callers: dict[Caller, None]
+    ) -> None:
+        ended_s = time.perf_counter()
+        for (caller, call, _, _, _, _, since_s), response in zip(chunk, responses, strict=True):
+            caller.settle(call, self._headers, response)
+            callers[caller] = None
+            self._ok.observe(ended_s - since_s)
+        group.served += len(chunk)
 
     def _most(self, group: _Group) -> int:
         """How many requests one run may be for."""
-        plan, (_, _, _, _, tensors, _, _) = group.plan, group.waiting[0]
+        plan = group.plan
         if not plan.rows or 2 * group.size_bytes > _MOST_BYTES:
             return 1
-        if not self._batcher.may_batch(group.copy, group.resident, plan.kind, lambda: plan.arrays(tensors)):
+        if not self._batcher.may_batch(group.copy, group.resident, plan.kind, group.first):
             return 1
         return max(
             min((group.resident.settings.max_batch_size or _MOST_ROWS) // plan.rows, _MOST_BYTES // group.size_bytes), 1
@@ -191,7 +258,12 @@ class Hits:
         finally:
             self._in_line.ran(pace, time.perf_counter() - began_s)
         self._batcher.sizes.observe(count)
-        if count > 1:
-            return answered_together(plan, id_fields, results)
-        response = answered(plan, id_fields[0], results)
-        return None if response is None else (response,)
+        return _answers(plan, id_fields, results)
+
+
+def _answers(plan: Plan, id_fields: Sequence[bytes], results: Mapping[str, Tensor]) -> Sequence[bytes] | None:
+    """The responses; None: one of them at least is like no answer before it."""
+    if len(id_fields) > 1:
+        return answered_together(plan, id_fields, results)
+    response = answered(plan, id_fields[0], results)
+    return None if response is None else (response,)

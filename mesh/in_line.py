@@ -69,10 +69,7 @@ class Pace:
 
     def measured(self, elapsed_s: float) -> None:
         """Fast runs count up, slow ones down twice: any run may have waited for the interpreter lock."""
-        if not self.runs and self._ran is not None:
-            self._ran.append(self)
-        self.runs += 1
-        self.busy_s += elapsed_s
+        self.shared(elapsed_s)
         self.typical_s += (elapsed_s - self.typical_s) / 8 if self.typical_s else elapsed_s
         if elapsed_s < FAST_S:
             if self.score < _MOST:
@@ -83,6 +80,13 @@ class Pace:
             self.score = max(self.score - (2 if elapsed_s < SLOW_S else 4), _PENALTY)
             if self.in_line and self.score < 0:
                 self._leave()
+
+    def shared(self, elapsed_s: float) -> None:
+        """The model was run, and this was its part of the time; how fast it is alone, that does not tell."""
+        if not self.runs and self._ran is not None:
+            self._ran.append(self)
+        self.runs += 1
+        self.busy_s += elapsed_s
 
     def _leave(self) -> None:
         """Back to the threads. Where they are busy a fast model does not look like one, so one fast run brings it

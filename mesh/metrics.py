@@ -49,10 +49,12 @@ class Metrics(Collector):
         sizes: Sizes | None = None,
         runtime: Runtime | None = None,
         split: Split | None = None,
+        joint_sizes: Histogram | None = None,
     ) -> None:
         self._engine = engine
         self._in_line = in_line
         self._batch_sizes = batch_sizes
+        self._joint_sizes = joint_sizes
         self._tls = tls
         self._preparing = preparing
         self._runtime = runtime
@@ -128,6 +130,10 @@ class Metrics(Collector):
         if self._batch_sizes is not None:
             sizes = HistogramMetricFamily("densemesh_batch_size", "Requests in one run of a model.")
             sizes.add_metric((), self._batch_sizes.buckets(), self._batch_sizes.sum)
+            yield sizes
+        if self._joint_sizes is not None:
+            sizes = HistogramMetricFamily("densemesh_joint_run_models", "Models in one call for several of them.")
+            sizes.add_metric((), self._joint_sizes.buckets(), self._joint_sizes.sum)
             yield sizes
         if self._preparing is not None:
             yield from _prepared(self._preparing)

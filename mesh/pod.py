@@ -244,7 +244,15 @@ class Pod:
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         management = Management(engine, registry, mirror, directory, router, residency, vmodels)
         observed = metrics.Metrics(
-            engine, driver.in_line, driver.batcher.sizes, self._tls, driver.preparing, models.sizes, runtime, split
+            engine,
+            driver.in_line,
+            driver.batcher.sizes,
+            self._tls,
+            driver.preparing,
+            models.sizes,
+            runtime,
+            split,
+            driver.batcher.joint,
         )
         hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from loaders.base import LoadedModel
 from loaders.storage.source import Fetched
+from mesh.company import Company
 from mesh.plans import Plans
 from mesh.rowwise import Kind, has_batch_dimension
 from mesh.runtime.model import RemoteModel
@@ -23,7 +24,7 @@ class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
     __slots__ = (
-        *("fetched", "files", "form", "forward", "model", "plans"),
+        *("company", "fetched", "files", "form", "forward", "model", "plans"),
         *("settings", "size_bytes", "together", "tried", "workers"),
     )
 
@@ -52,6 +53,8 @@ class Resident:
         """Whether requests of a kind were found to be answered row by row; False: that is being tried."""
         self.forward = model.forward if isinstance(model, RemoteModel) else None
         """Has a server answer requests as they come; None: the model is run (`mesh.batcher`)."""
+        self.company: Company | None = None
+        """Of models that it may be run with in one call."""
         self.workers: Workers | None = None
         """Threads of its own, if it waits for another process: one that hangs takes none of the others'."""
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from loaders.base import LoadedModel, Signature, Tensor
+from loaders.base import Family, LoadedModel, Signature, Tensor
 from mesh.errors import MODEL_FAILURES
 
 Kind = tuple[tuple[str, ...], tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]]
@@ -62,6 +62,20 @@ def is_rowwise(model: LoadedModel, inputs: Mapping[str, Tensor], outputs: Sequen
             for name in outputs
         ) and all(_agree(np.concatenate([result[name] for result in alone]), together[name]) for name in outputs)
     except MODEL_FAILURES:  # whatever it is, such requests are run one by one, and then it is theirs
+        return False
+
+
+def are_alike(
+    family: Family, models: Sequence[LoadedModel], requests: Sequence[Mapping[str, Tensor]], outputs: Sequence[str]
+) -> bool:
+    """Whether several models in one call answer as each does alone. Blocks."""
+    try:
+        alone = [model.infer(request, outputs) for model, request in zip(models, requests, strict=True)]
+        together = family.infer_many(models, requests, outputs)
+        return all(
+            _agree(one[name], other[name]) for one, other in zip(alone, together, strict=True) for name in outputs
+        )
+    except MODEL_FAILURES:
         return False
 
 

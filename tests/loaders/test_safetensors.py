@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loaders.base import Artifact, InferError, LoaderError, Tensor, TensorSpec
-from loaders.safetensors import SafetensorsLoader
+from loaders.safetensors import SafetensorsLoader, SafetensorsModel
 from loaders.skeletons.family import families
 from loaders.skeletons.header import read_header
 
@@ -25,6 +25,24 @@ LOADER = SafetensorsLoader()
 PT2 = frozenset({"pt2"})
 LAYERS: list[object] = [{"linear": "0"}, "relu", {"linear": "2"}]
 MLP: dict[str, object] = {"input": {"shape": [-1, 8]}, "layers": LAYERS}
+
+
+LOADED: list[SafetensorsModel] = []
+
+
+def load(artifact: Artifact) -> SafetensorsModel:
+    """A model that is unloaded after the test."""
+    LOADED.append(LOADER.load(artifact))
+    return LOADED[-1]
+
+
+@pytest.fixture(autouse=True)
+def unloaded() -> Iterator[None]:
+    yield
+    for model in LOADED:
+        if model.weights:
+            model.unload()
+    LOADED.clear()
 
 
 def mlp(seed: int = 0, hidden: int = 16) -> nn.Module:
@@ -107,7 +125,7 @@ def test_a_declared_network_answers_as_the_module_does(tmp_path: Path, name: str
     make, declared, x = NETWORKS[name]
     module = make()
     path = saved(module, tmp_path / "weights.safetensors")
-    model = LOADER.load(Artifact(path, {"architecture": declared}))
+    model = load(Artifact(path, {"architecture": declared}))
     (given,), (answer,) = model.signature.inputs, model.signature.outputs
     found = model.infer({given.name: x}, [answer.name])[answer.name]
     expected = module(torch.from_numpy(x)).detach().numpy()
@@ -120,13 +138,13 @@ def test_free_sizes_of_outputs_are_told(tmp_path: Path) -> None:
     declared = {"input": {"datatype": "INT64", "shape": [-1, -1]}, "layers": [{"embedding": "words"}]}
     save_file({"words.weight": torch.zeros(20, 8)}, tmp_path / "model.safetensors")
     (tmp_path / "architecture.json").write_text(json.dumps(declared))
-    assert LOADER.load(Artifact(tmp_path)).signature.outputs == (TensorSpec("output", "FP32", (-1, -1, 8)),)
+    assert load(Artifact(tmp_path)).signature.outputs == (TensorSpec("output", "FP32", (-1, -1, 8)),)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float16, 1e-2), (torch.bfloat16, 8e-2), (torch.float64, 1e-5)])
 def test_weights_of_other_floating_types(tmp_path: Path, dtype: torch.dtype, rtol: float) -> None:
     module, x = mlp(), rows(4, 8)
-    model = LOADER.load(Artifact(saved(module, tmp_path / "w.safetensors", dtype), {"architecture": MLP}))
+    model = load(Artifact(saved(module, tmp_path / "w.safetensors", dtype), {"architecture": MLP}))
     found = model.infer({"input": x}, ["output"])["output"]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, module(torch.from_numpy(x)).detach().numpy(), rtol=rtol, atol=rtol)
@@ -155,12 +173,12 @@ def test_an_exported_skeleton_takes_any_tenants_weights(tmp_path: Path) -> None:
         torch.export.save(program, folder / "skeleton.pt2")
         module = Normed(seed).eval()
         saved(module, folder / "model.safetensors")
-        model = LOADER.load(Artifact(folder, allowed_code=PT2))
+        model = load(Artifact(folder, allowed_code=PT2))
         models.append(model)
         found = model.infer({"x": x}, ["scores", "twice"])
         np.testing.assert_allclose(found["scores"], module(torch.from_numpy(x))["scores"].detach().numpy(), rtol=1e-5)
         np.testing.assert_array_equal(found["twice"], x * 2)
-    assert models[0].family is models[1].family
+    assert models[0].architecture is models[1].architecture
     assert models[1].size_bytes < models[0].size_bytes  # the first pays for the skeleton
 
 
@@ -173,7 +191,7 @@ def test_a_skeleton_exported_without_weights(tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "mlp.pt2")
     module, x = mlp(3), rows(2, 8)
     path = saved(module, tmp_path / "model.safetensors")
-    model = LOADER.load(Artifact(path, {"skeleton": "mlp.pt2"}, allowed_code=PT2))
+    model = load(Artifact(path, {"skeleton": "mlp.pt2"}, allowed_code=PT2))
     found = model.infer({"input": x}, ["OUTPUT__0"])["OUTPUT__0"]
     np.testing.assert_allclose(found, module(torch.from_numpy(x)).detach().numpy(), rtol=1e-5)
 
@@ -184,8 +202,8 @@ def test_models_of_one_architecture_share_a_skeleton_until_the_last_goes(tmp_pat
     ]
     other = Artifact(saved(mlp(hidden=17), tmp_path / "wide.safetensors"), {"architecture": MLP})
     before = len(families.in_use())
-    models = [LOADER.load(artifact) for artifact in (*artifacts, other)]
-    assert len({model.family for model in models}) == 2
+    models = [load(artifact) for artifact in (*artifacts, other)]
+    assert len({model.architecture for model in models}) == 2
     x = rows(1, 8)
     answers = [model.infer({"input": x}, ["output"])["output"] for model in models]
     assert len({answer.tobytes() for answer in answers}) == 4
@@ -201,7 +219,7 @@ def test_sizes_are_told_from_the_header(tmp_path: Path, kind: str) -> None:
         exported(mlp(hidden=4096), tmp_path / "skeleton.pt2")
     artifact = Artifact(path, {"architecture": MLP} if kind == "declared" else {}, allowed_code=PT2)
     estimate = LOADER.estimate_bytes(artifact)
-    model = LOADER.load(artifact)
+    model = load(artifact)
     weights = 4 * (9 * 4096 + 3 * 4097)
     assert weights < model.size_bytes < estimate * 1.25 < weights * 2.2
 
@@ -209,7 +227,7 @@ def test_sizes_are_told_from_the_header(tmp_path: Path, kind: str) -> None:
 def test_writing_to_a_weight_leaves_the_file_as_it_is(tmp_path: Path) -> None:
     path = saved(mlp(), tmp_path / "model.safetensors")
     before = path.read_bytes()
-    model = LOADER.load(Artifact(path, {"architecture": MLP}))
+    model = load(Artifact(path, {"architecture": MLP}))
     model.weights["0.weight"].zero_()
     assert path.read_bytes() == before
 
@@ -220,7 +238,7 @@ def test_a_file_with_tensors_at_odd_addresses(tmp_path: Path) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     odd = tmp_path / "odd.safetensors"
     odd.write_bytes(struct.pack("<Q", length + 3) + data[8 : 8 + length] + b"   " + data[8 + length :])
-    model = LOADER.load(Artifact(odd, {"architecture": MLP}))
+    model = load(Artifact(odd, {"architecture": MLP}))
     found = model.infer({"input": x}, ["output"])["output"]
     np.testing.assert_allclose(found, module(torch.from_numpy(x)).detach().numpy(), rtol=1e-5)
 
@@ -228,7 +246,7 @@ def test_a_file_with_tensors_at_odd_addresses(tmp_path: Path) -> None:
 def test_what_the_request_is_to_blame_for(tmp_path: Path) -> None:
     declared = {"input": {"datatype": "INT64", "shape": [-1, -1]}, "layers": [{"embedding": "words"}, "mean"]}
     save_file({"words.weight": torch.zeros(20, 8)}, tmp_path / "model.safetensors")
-    model = LOADER.load(Artifact(tmp_path / "model.safetensors", {"architecture": declared}))
+    model = load(Artifact(tmp_path / "model.safetensors", {"architecture": declared}))
     with pytest.raises(InferError, match="index out of range") as refusal:
         model.infer({"input": np.array([[20]])}, ["output"])
     assert refusal.value.bad_input
@@ -315,7 +333,7 @@ def test_a_declaration_that_does_not_fit_is_refused(tmp_path: Path, case: str) -
     before = families.in_use()
     path = saved(mlp(), tmp_path / "model.safetensors")
     with pytest.raises(LoaderError, match=message):
-        LOADER.load(Artifact(path, {"architecture": declared}))
+        load(Artifact(path, {"architecture": declared}))
     assert families.in_use() == before
 
 
@@ -325,33 +343,33 @@ def test_residuals_nest_only_so_deep(tmp_path: Path) -> None:
         layer = {"residual": [layer]}
     path = saved(mlp(), tmp_path / "model.safetensors")
     with pytest.raises(LoaderError, match="residual"):
-        LOADER.load(Artifact(path, {"architecture": {**MLP, "layers": [layer, *LAYERS]}}))
+        load(Artifact(path, {"architecture": {**MLP, "layers": [layer, *LAYERS]}}))
 
 
 def test_weights_of_mixed_types_are_refused(tmp_path: Path) -> None:
     state = {name: tensor.half() if name == "0.bias" else tensor for name, tensor in mlp().state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(LoaderError, match="the weights are FP16 and FP32: expected all of one of FP32"):
-        LOADER.load(Artifact(tmp_path / "model.safetensors", {"architecture": MLP}))
+        load(Artifact(tmp_path / "model.safetensors", {"architecture": MLP}))
 
 
 def test_a_file_needs_an_architecture_and_code_needs_permission(tmp_path: Path) -> None:
     path = saved(mlp(), tmp_path / "model.safetensors")
     with pytest.raises(LoaderError, match=r"without an architecture: expected parameter 'architecture', or architec"):
-        LOADER.load(Artifact(path))
+        load(Artifact(path))
     exported(mlp(), tmp_path / "skeleton.pt2")
     with pytest.raises(LoaderError, match=r"skeleton.pt2 can run its author's code .* without --allow-code pt2"):
-        LOADER.load(Artifact(path))
+        load(Artifact(path))
     with pytest.raises(LoaderError, match=r"skeleton.pt2 can run its author's code .* without --allow-code pt2"):
         LOADER.estimate_bytes(Artifact(path))
-    LOADER.load(Artifact(path, allowed_code=PT2))
+    load(Artifact(path, allowed_code=PT2))
     for wrong in ("../skeleton.pt2", "/etc/skeleton.pt2", "skeleton.pt", 3):
         with pytest.raises(LoaderError, match=r"'skeleton' is .*: expected the name of a .pt2 file beside"):
-            LOADER.load(Artifact(path, {"skeleton": wrong}, allowed_code=PT2))
+            load(Artifact(path, {"skeleton": wrong}, allowed_code=PT2))
     with pytest.raises(LoaderError, match="'together' is 1: expected true or false"):
-        LOADER.load(Artifact(path, {"together": 1}, allowed_code=PT2))
+        load(Artifact(path, {"together": 1}, allowed_code=PT2))
     with pytest.raises(LoaderError, match="unknown parameter 'shape'"):
-        LOADER.load(Artifact(path, {"shape": []}))
+        load(Artifact(path, {"shape": []}))
 
 
 def test_weights_that_do_not_fit_a_skeleton_are_told_with_it(tmp_path: Path) -> None:
@@ -367,7 +385,7 @@ def test_weights_that_do_not_fit_a_skeleton_are_told_with_it(tmp_path: Path) -> 
     ):
         save_file(state, tmp_path / "model.safetensors")
         with pytest.raises(LoaderError, match=message):
-            LOADER.load(Artifact(tmp_path / "model.safetensors", allowed_code=PT2))
+            load(Artifact(tmp_path / "model.safetensors", allowed_code=PT2))
 
 
 def test_skeletons_that_are_none(tmp_path: Path) -> None:
@@ -384,38 +402,38 @@ def test_skeletons_that_are_none(tmp_path: Path) -> None:
     saved(Counting(), tmp_path / "model.safetensors")
     exported(Counting(), tmp_path / "skeleton.pt2")
     with pytest.raises(LoaderError, match="changes its own weights or inputs"):
-        LOADER.load(artifact)
+        load(artifact)
     (tmp_path / "skeleton.pt2").write_bytes(b"PK")
     with pytest.raises(LoaderError, match=r"skeleton.pt2 is not a torch.export archive"):
-        LOADER.load(artifact)
+        load(artifact)
     whole = tmp_path / "whole.pt2"
     exported(mlp(), whole)
     (tmp_path / "skeleton.pt2").write_bytes(whole.read_bytes()[:-200])
     with pytest.raises(LoaderError, match=r"skeleton.pt2 is not a torch.export archive"):
-        LOADER.load(artifact)
+        load(artifact)
 
 
 def test_directories(tmp_path: Path) -> None:
     (tmp_path / "architecture.json").write_text(json.dumps(MLP))
     with pytest.raises(LoaderError, match=r"holds 0 .safetensors files: expected one"):
-        LOADER.load(Artifact(tmp_path))
+        load(Artifact(tmp_path))
     saved(mlp(), tmp_path / "a.safetensors")
-    LOADER.load(Artifact(tmp_path))
+    load(Artifact(tmp_path))
     saved(mlp(), tmp_path / "b.safetensors")
     with pytest.raises(LoaderError, match=r"holds 2 .safetensors files: expected one, or model.safetensors"):
-        LOADER.load(Artifact(tmp_path))
+        load(Artifact(tmp_path))
     saved(mlp(), tmp_path / "model.safetensors")
-    LOADER.load(Artifact(tmp_path))
+    load(Artifact(tmp_path))
     for text, message in (("{", "expected JSON"), (" " * (300 << 10), "expected at most 262144 bytes")):
         (tmp_path / "architecture.json").write_text(text)
         with pytest.raises(LoaderError, match=message):
-            LOADER.load(Artifact(tmp_path))
+            load(Artifact(tmp_path))
 
 
 def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     artifact = Artifact(saved(mlp(), tmp_path / "model.safetensors"), {"architecture": MLP})
     before = len(os.listdir("/proc/self/fd"))
-    models = [LOADER.load(artifact) for _ in range(5)]
+    models = [load(artifact) for _ in range(5)]
     assert len(os.listdir("/proc/self/fd")) == before
     for model in models:
         model.unload()
