@@ -16,7 +16,7 @@ from placement.policies import POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-OURS = {"mesh", "placement", "loaders", "protos"}
+OURS = {"mesh", "placement", "loaders", "protos", "mesh_operator"}
 
 
 def _modules(folder: str) -> set[str]:

@@ -1,0 +1,1 @@
+"""The Kubernetes operator: KServe InferenceServices onto a mesh, over its management API."""
