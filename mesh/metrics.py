@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -34,6 +35,8 @@ _MOST_ARCHITECTURES: Final = 20
 
 _POLL_S: Final = 0.1
 """How often the server looks whether it should end (start_http_server: every half second)."""
+
+_ALIVE_S: Final = 1.0
 
 
 class Metrics(Collector):
@@ -173,14 +176,41 @@ class _Server6(ThreadingHTTPServer):
     address_family = socket.AF_INET6
 
 
-def serve(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:
-    """Serve /metrics from a thread; the port that was taken, and what stops it.
+def serve(metrics: Metrics, host: str, port: int, is_ready: Callable[[], bool]) -> tuple[int, Callable[[], None]]:
+    """Serve /metrics, /readyz and /healthz from a thread; the port that was taken, and what stops it.
+
+    /readyz is 200 while `is_ready`, /healthz while the event loop that this is called in answers within a second; they
+    are for the probes of Kubernetes, whose own for gRPC knows no TLS.
 
     Raises:
         OSError: the port cannot be bound.
     """
-    handler = MetricsHandler.factory(metrics.registry)
-    server = _Server6((host, port), handler) if ":" in host else ThreadingHTTPServer((host, port), handler)
+    loop = asyncio.get_running_loop()
+
+    def is_alive() -> bool:
+        turned = threading.Event()
+        loop.call_soon_threadsafe(turned.set)
+        return turned.wait(_ALIVE_S)
+
+    probes = {"/readyz": is_ready, "/healthz": is_alive}
+
+    class Handler(MetricsHandler):
+        registry = metrics.registry
+
+        def do_GET(self) -> None:
+            probe = probes.get(self.path)
+            if probe is None:
+                super().do_GET()
+                return
+            is_well = probe()
+            body = b"ok\n" if is_well else b"not ready\n"
+            self.send_response(200 if is_well else 503)
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = _Server6((host, port), Handler) if ":" in host else ThreadingHTTPServer((host, port), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
     thread.start()
 

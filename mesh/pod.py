@@ -168,7 +168,10 @@ class Pod:
             raise CannotStart(f"--device {self.config.device}: {error}") from None
         parts = self._assemble(registry, client, tasks)
         self.metrics_port, close_metrics = _bind(
-            "metrics", host, self.config.metrics_port, lambda port: metrics.serve(parts.observed, host, port)
+            "metrics",
+            host,
+            self.config.metrics_port,
+            lambda port: metrics.serve(parts.observed, host, port, self.serving.is_set),
         )
         try:
             publishing = await self._unless_stopped(self._start(parts, server, tasks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import urllib.error
 import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +46,30 @@ async def test_bytes_copies_and_fates(loads: Loads) -> None:
         assert after["densemesh_copies", "loaded"] == 1
         assert after["densemesh_copy_bytes", "loaded"] == 1 << 20
         assert after["densemesh_models_registered", ""] == 1
+
+
+def status(mesh: Mesh, path: str) -> int:
+    """Of the answer to a probe of Kubernetes (httpGet)."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{mesh.pods['a'].metrics_port}{path}", timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+async def test_probes(loads: Loads) -> None:
+    """Kubernetes, probes: from 200 to 399 is success, anything else failure. A pod that drains is alive, not ready."""
+    async with running("a", loads) as mesh:
+        probes = ("/readyz", "/healthz", "/metrics")
+        assert [await asyncio.to_thread(status, mesh, path) for path in probes] == [200, 200, 200]
+        mesh.pods["a"].serving.clear()
+        assert [await asyncio.to_thread(status, mesh, path) for path in probes] == [503, 200, 200]
+
+
+async def test_an_event_loop_that_hangs_is_not_alive(loads: Loads) -> None:
+    async with running("a", loads) as mesh:
+        assert status(mesh, "/healthz") == 503  # asked from within, it hangs until it is answered
 
 
 async def test_when_the_certificate_expires(loads: Loads, tmp_path: Path) -> None:
