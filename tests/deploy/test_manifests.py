@@ -225,9 +225,10 @@ def test_settings_are_those_of_serve(
     assert pod["terminationGracePeriodSeconds"] >= pre_stop_s + config.drain_timeout_s + 10
     ports = {port["name"]: port["containerPort"] for port in one["ports"]}
     assert ports == {"grpc": config.grpc_port, "metrics": config.metrics_port}
-    assert config.capacity_bytes is not None
-    assert config.capacity_bytes < 0.75 * parse_bytes(one["resources"]["limits"]["memory"] + "B")
+    held = config.capacity if config.device == "cpu" else config.host_memory
+    assert parse_bytes(held) < 0.75 * parse_bytes(one["resources"]["limits"]["memory"] + "B")
     assert config.cache_bytes is not None
+    assert config.prepared_bytes is not None
     sizes = [v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "cache"]
     sizes += [
         t["spec"]["resources"]["requests"]["storage"] for t in mesh(built)["spec"].get("volumeClaimTemplates", ())
