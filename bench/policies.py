@@ -26,9 +26,8 @@ from placement.policies import POLICIES
 from placement.simulator.checks import Violation
 from placement.simulator.offline import Offline
 from placement.simulator.options import Options
-from placement.simulator.pods import START_MS
 from placement.simulator.scenario import HOUR_MS, Hardware, Workload, maf, mixed_models, replay
-from placement.simulator.world import World
+from placement.simulator.world import START_MS, World
 
 MODELS: Final = 300
 DISK: Final = Hardware(load_fixed_ms=20, load_bytes_per_ms=2e6)

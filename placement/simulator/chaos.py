@@ -173,16 +173,50 @@ class Chaos:
             pod.step(CopyUnwanted(self.rng.choice(copies)))
 
     def _alias(self) -> None:
-        """`setVModel`: the alias goes over to its new target when that is loaded."""
-        registry = self.world.registry
-        target = self.rng.choice(list(self.world.models))
-        vmodel_id = f"v{self.rng.randrange(3)}"
+        """`setVModel`: the alias goes over to its new target when that is loaded, or has a share for that, until it is
+        promoted or given up; and requests for the alias."""
+        registry, rng = self.world.registry, self.rng
+        vmodel_id = f"v{rng.randrange(3)}"
         known = registry.get(vmodel_key(vmodel_id))
-        active = known.active if isinstance(known, VModelRecord) else target
+        others = list(self.world.models)
+        if isinstance(known, VModelRecord):
+            target = rng.choice([known.active, known.target, rng.choice(others)])
+            active = known.active
+        else:
+            copies = registry.head.copies
+            target = active = max(rng.choices(others, k=8), key=lambda model_id: len(copies(model_id)))
+        share = 0 if active == target else rng.choice(_SHARES)
         if registry.get(model_key(target)) is not None:
-            registry.put(vmodel_key(vmodel_id), VModelRecord(vmodel_id, active, target))
+            moved = VModelRecord(
+                vmodel_id,
+                active,
+                target,
+                canary=share > 0,
+                canary_percent=max(0, share - 1),
+                since_ms=self.world.unix_ms,
+            )
+            registry.put(vmodel_key(vmodel_id), moved)
+        for _ in range(_ASKED):
+            self.world.clock.after(self._for(10_000), self._ask_alias, vmodel_id)
+
+    def _ask_alias(self, vmodel_id: str) -> None:
+        """`mesh.directory.Directory`: the pod that is asked chooses the side."""
+        world = self.world
+        pod = world.pods[self.rng.choice(list(world.pods))]
+        key = self.rng.choice((None, f"user {self.rng.randrange(100)}"))
+        if not pod.serving or self._ended:
+            return
+        pod.sync()
+        vmodel = pod.view.vmodels.get(vmodel_id)
+        if vmodel is not None:
+            model_id = pod.engine.sides.choose(vmodel, key)
+            world.checks.sided(pod, vmodel, model_id)
+            world.ensure(pod, model_id, lambda _: None)
 
 
+_SHARES: Final = (0, 0, 1, 11, 91)
+"""None, and one more than a canary's percent."""
+_ASKED: Final = 8
 _OF_A_POD: Final[dict[str, Callable[[Chaos, SimPod], None]]] = {
     "crashes": Chaos._crash,
     "drains": Chaos._drain,

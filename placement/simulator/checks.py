@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from placement.messages import Action, Event
-from placement.records import ModelId
-from placement.simulator.pod_checks import AFTER_EVENT, OF_POD
+from placement.records import ModelId, VModelRecord
+from placement.simulator.pod_checks import AFTER_EVENT, OF_POD, allowed_side
 from placement.simulator.world_checks import AT_REST, OF_REQUEST
 
 if TYPE_CHECKING:
@@ -58,6 +58,13 @@ class Checks:
             wrong = check(world, request)
             if wrong:
                 raise Violation(name, wrong, None, request.model.model_id)
+
+    def sided(self, pod: SimPod, vmodel: VModelRecord, model_id: ModelId) -> None:
+        """A request for a vmodel is to go there."""
+        self.count += 1
+        wrong = allowed_side(pod, vmodel, model_id)
+        if wrong:
+            raise Violation("no request goes to a side that it must not", wrong, pod, model_id)
 
     def lease(self, dead: SimPod) -> None:
         """A dead pod's lease has run out: whoever has seen that has forgotten its copies, and only those of the next

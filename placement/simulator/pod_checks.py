@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Final
 
 from placement.cache import Copy
 from placement.holdings import HoldState
+from placement.leader import MATCH_MS
 from placement.lifecycle import CopyState
-from placement.messages import Action, CopyUnwanted, Event, Publish, StartLoad, StartUnload, Tick, Unpublish
-from placement.records import Tier
+from placement.messages import (
+    Action,
+    CopyUnwanted,
+    Event,
+    Publish,
+    SettleVModel,
+    StartLoad,
+    StartUnload,
+    Tick,
+    Unpublish,
+)
+from placement.records import CopyStatus, ModelId, Tier, VModelRecord
 
 if TYPE_CHECKING:
     from placement.simulator.pods import SimPod
@@ -99,6 +110,49 @@ def slots(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
     return f"{count} loads at once" if count > pod.engine.limits.load_slots else ""
 
 
+def promoted(pod: SimPod, event: Event | None, actions: Sequence[Action]) -> str:
+    """A transition ends with a loaded target; with fewer copies than the active model has only after a time, or where
+    no pod is half empty that has none of it; a canary's does not end by itself."""
+    for action in actions:
+        if not isinstance(action, SettleVModel) or action.new.active == action.old.active:
+            continue
+        old, view, peers = action.old, pod.view, pod.engine.peers
+        copies = view.copies(old.target)
+        loaded = [copy for copy in copies.values() if copy.status is CopyStatus.LOADED]
+        if view.vmodels[old.vmodel_id].canary or not loaded:
+            return f"{old} becomes {action.new}, with {copies}"
+        if len(peers.holders(old.target)) >= len(peers.holders(old.active)) or view.tenants:
+            continue
+        if pod.now_ms - max(old.since_ms, min(copy.since_ms for copy in loaded)) >= MATCH_MS:
+            continue
+        failed = sum(copy.status is CopyStatus.FAILED for copy in copies.values())
+        size_bytes = view.size_bytes(old.target)
+        free = [
+            other.pod_id
+            for other in peers.pods().values()
+            if other.capacity_bytes - other.used_bytes >= max(other.capacity_bytes // 2, size_bytes)
+            and not other.draining
+            and other.pod_id not in copies
+            and not peers.is_suspect(other.pod_id, pod.now_ms)
+        ]
+        model = view.models[old.target]
+        if free and failed < pod.engine.limits.load_tries and not model.max_copies and not peers.is_asked(old.target):
+            return f"{old} becomes {action.new} with {len(loaded)} copies, and {free} could have another"
+    return ""
+
+
+def allowed_side(pod: SimPod, vmodel: VModelRecord, model_id: ModelId) -> str:
+    """The active model, or a target that has a share and, as far as this pod knows, is loaded on a live pod."""
+    if model_id == vmodel.active:
+        return ""
+    own = pod.engine.cache.copies.get(model_id)
+    loaded = [p for p, copy in pod.view.copies(model_id).items() if copy.status is CopyStatus.LOADED]
+    is_loaded = (own is not None and own.state is CopyState.LOADED) or any(p in pod.view.pods for p in loaded)
+    if model_id == vmodel.target and vmodel.canary_percent and is_loaded:
+        return ""
+    return f"a request for {vmodel} goes to {model_id}, loaded on {loaded}"
+
+
 _COMING: Final = frozenset({CopyState.WAITING, CopyState.LOADING, CopyState.SIZING, CopyState.LOADED})
 StepCheck = Callable[["SimPod", Event | None, Sequence[Action]], str]
 AFTER_EVENT: Final[dict[str, StepCheck]] = {
@@ -108,6 +162,7 @@ AFTER_EVENT: Final[dict[str, StepCheck]] = {
     "no more loads than slots": slots,
     "what is pinned does not go for room": kept,
     "others leave a tenant what it is guaranteed": guaranteed,
+    "a target takes over when it is ready": promoted,
 }
 
 

@@ -37,8 +37,6 @@ from placement.simulator.views import LaggedView, OwnView
 if TYPE_CHECKING:
     from placement.simulator.world import World
 
-START_MS: Final = 1_700_000_000_000
-"""The world begins at this Unix time."""
 _REPLACED: Final = 10_000 * TICKS_PER_MS
 """`mesh.pod`: half of drain_timeout_s."""
 _LOOK: Final = 50 * TICKS_PER_MS
@@ -101,7 +99,7 @@ class SimPod:
     @property
     def now_ms(self) -> int:
         """By this pod's clock."""
-        return START_MS + self.world.clock.now // TICKS_PER_MS + self.skew_ms
+        return self.world.unix_ms + self.skew_ms
 
     # Life
 

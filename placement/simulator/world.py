@@ -26,6 +26,8 @@ from placement.simulator.trace import Trace
 from placement.simulator.transport import Transport
 from placement.simulator.world_checks import may_be_refused
 
+START_MS: Final = 1_700_000_000_000
+"""The world begins at this Unix time."""
 _UNDER_WAY: Final = (*IN_FLIGHT, CopyState.UNLOADING)
 _WARM: Final = 10 * TICKS_PER_MS
 """Between two loads of one pod before requests come."""
@@ -247,6 +249,11 @@ class World:
         )
 
     # What pods ask the world for
+
+    @property
+    def unix_ms(self) -> int:
+        """By a clock that is right."""
+        return START_MS + self.clock.now // TICKS_PER_MS
 
     def true_bytes(self, model: ModelRecord) -> int:
         """A registration's size in memory."""

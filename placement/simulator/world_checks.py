@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from placement.holdings import HoldState
+from placement.leader import MATCH_MS
 from placement.lifecycle import CopyState
 from placement.records import CopyStatus, PodId, TenantId
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 ATTEMPTS: Final = 8
 """`mesh.router`"""
+_LATE_MS: Final = 10_000
+"""For clocks that differ, the leader's ticks, and what is written."""
 
 # When a request ends.
 
@@ -128,6 +131,22 @@ def min_copies(world: World) -> str:
     return ""
 
 
+def transitions(world: World) -> str:
+    """A transition whose target is loaded as often as its active model, or for long enough, has ended."""
+    head = world.registry.head
+    for vmodel in head.vmodels.values():
+        loaded, active = (
+            [copy.since_ms for copy in head.copies(model_id).values() if copy.status is CopyStatus.LOADED]
+            for model_id in (vmodel.target, vmodel.active)
+        )
+        if vmodel.canary or vmodel.active == vmodel.target or not loaded:
+            continue
+        waited_ms = world.unix_ms - max(vmodel.since_ms, min(loaded))
+        if waited_ms > MATCH_MS + _LATE_MS or (len(loaded) >= len(active) and waited_ms > _LATE_MS):
+            return f"{vmodel} has not ended, with {len(loaded)} copies for {len(active)}"
+    return ""
+
+
 def limits(world: World) -> str:
     """A tenant has no more than it may have, but for what is to be kept."""
     for grant in world.workload.grants:
@@ -150,5 +169,6 @@ AT_REST: Final[dict[str, WorldCheck]] = {
     "views converge": one_view,
     "no copy outlives its registration": registered,
     "min_copies are kept": min_copies,
+    "transitions end": transitions,
     "no tenant is above its limit": limits,
 }
