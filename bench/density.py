@@ -244,7 +244,7 @@ def run(share: int, settle_s: float, console: Console) -> list[Figures]:
         fewer = [tenant for tenant in tenants if int(tenant.name[-4:]) % PLAIN_SHARE == 0]
         rows = []
         for asked, some in (
-            (Asked("shared", scratch, settle_s, cache_dir=str(cache), prepared_size="64GiB"), tenants),
+            (Asked("shared", scratch, settle_s, cache_dir=str(cache), prepare="true", prepared_size="64GiB"), tenants),
             (Asked("plain", scratch, settle_s, cache_dir=str(scratch / "other"), prepare="false"), fewer),
         ):
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
