@@ -102,6 +102,8 @@ class Artifact:
     """For the log, and for servers that have names for models."""
     allowed_code: frozenset[str] = frozenset()
     """What `--allow-code` names."""
+    is_fixed: bool = False
+    """Nobody writes its files as long as it is loaded, so that they may be mapped: they are the pod's own."""
 
 
 class LoadedModel(Protocol):

@@ -27,10 +27,10 @@ _TREE_FACTOR: Final = 4.5
 _SMALL_NODE: Final = 1024
 
 # Field numbers of onnx.proto: ModelProto, GraphProto, NodeProto, TensorProto, StringStringEntryProto.
-_GRAPH: Final = 7
-_NODE, _INITIALIZER = 1, 5
-_OP_TYPE: Final = 4
-_DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA = 1, 2, 8, 13
+GRAPH: Final = 7
+NODE, INITIALIZER = 1, 5
+OP_TYPE: Final = 4
+DIMS, DATA_TYPE, NAME, EXTERNAL_DATA = 1, 2, 8, 13
 _KEY, _VALUE = 1, 2
 _SIXTEEN_BITS: Final = (10, 16)
 
@@ -65,13 +65,13 @@ def architecture(path: Path) -> str:
     digest = hashlib.sha256()
     with _graphs(path) as (data, graphs):
         for start, end in graphs:
-            for number, begin, stop in _fields(data, start, end):
-                if number == _NODE:
+            for number, begin, stop in fields(data, start, end):
+                if number == NODE:
                     large = stop - begin > _SMALL_NODE
                     digest.update(_op_type(data, begin, stop) if large else data[begin:stop])
-                elif number == _INITIALIZER:
-                    for part, *span in _fields(data, begin, stop):
-                        if part in (_DIMS, _DATA_TYPE, _NAME):
+                elif number == INITIALIZER:
+                    for part, *span in fields(data, begin, stop):
+                        if part in (DIMS, DATA_TYPE, NAME):
                             digest.update(data[slice(*span)])
     return f"onnx {digest.hexdigest()}"
 
@@ -89,7 +89,7 @@ def _graphs(path: Path) -> Iterator[tuple[mmap.mmap, list[list[int]]]]:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            graphs = [span for number, *span in _fields(data, 0, len(data)) if number == _GRAPH]
+            graphs = [span for number, *span in fields(data, 0, len(data)) if number == GRAPH]
             if not graphs:
                 raise ValueError("it has no graph")
             yield data, graphs
@@ -98,20 +98,20 @@ def _graphs(path: Path) -> Iterator[tuple[mmap.mmap, list[list[int]]]]:
 
 
 def _weigh_graph(data: mmap.mmap, start: int, end: int, path: Path, widening: int, weight: _Weight) -> None:
-    for number, begin, stop in _fields(data, start, end):
-        if number == _NODE:
+    for number, begin, stop in fields(data, start, end):
+        if number == NODE:
             weight.nodes += 1
             is_tree = stop - begin > _SMALL_NODE and _op_type(data, begin, stop).startswith(b"TreeEnsemble")
             weight.stored += (stop - begin) * (_TREE_FACTOR if is_tree else 1)
-        elif number == _INITIALIZER:
+        elif number == INITIALIZER:
             weight.initializers += 1
             bytes_, factor = stop - begin, 1
             external: dict[bytes, bytes] = {}
-            for part, *span in _fields(data, begin, stop):
-                if part == _DATA_TYPE and _varint(data, span[0])[0] in _SIXTEEN_BITS:
+            for part, *span in fields(data, begin, stop):
+                if part == DATA_TYPE and varint(data, span[0])[0] in _SIXTEEN_BITS:
                     factor = widening
-                elif part == _EXTERNAL_DATA:
-                    entry = {name: data[a:b] for name, a, b in _fields(data, *span)}
+                elif part == EXTERNAL_DATA:
+                    entry = {name: data[a:b] for name, a, b in fields(data, *span)}
                     external[entry.get(_KEY, b"")] = entry.get(_VALUE, b"")
             if external:
                 bytes_ += _external_bytes(path.parent, external)
@@ -119,7 +119,7 @@ def _weigh_graph(data: mmap.mmap, start: int, end: int, path: Path, widening: in
 
 
 def _op_type(data: mmap.mmap, start: int, end: int) -> bytes:
-    return next((data[begin:stop] for number, begin, stop in _fields(data, start, end) if number == _OP_TYPE), b"")
+    return next((data[begin:stop] for number, begin, stop in fields(data, start, end) if number == OP_TYPE), b"")
 
 
 def _external_bytes(folder: Path, external: dict[bytes, bytes]) -> int:
@@ -128,17 +128,17 @@ def _external_bytes(folder: Path, external: dict[bytes, bytes]) -> int:
     return min(int(external.get(b"length") or size), size)
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Field number and span of the value, for each field of the message at [start, end)."""
     while start < end:
-        tag, start = _varint(data, start)
+        tag, start = varint(data, start)
         match tag & 7:
             case 0:
-                stop = _varint(data, start)[1]
+                stop = varint(data, start)[1]
             case 1:
                 stop = start + 8
             case 2:
-                size, start = _varint(data, start)
+                size, start = varint(data, start)
                 stop = start + size
             case 5:
                 stop = start + 4
@@ -150,7 +150,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
         start = stop
 
 
-def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+def varint(data: mmap.mmap, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[position]

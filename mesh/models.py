@@ -120,6 +120,7 @@ class Models:
             if settings.schema_path and not self._is_pulled(model):
                 settings = settings.over(self._schema(model, settings))
             artifact, settings = self._read(model, settings, held.path)
+            artifact = replace(artifact, is_fixed=held.is_fixed)
             found = self._load_prepared(model, artifact)
             if found is None:
                 loaded, form = self._load(model, artifact, keep_in_host), ""

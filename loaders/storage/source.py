@@ -70,6 +70,11 @@ class Held:
         self.fetched = None if lease is None else Fetched(lease.digest, name, lease.size_bytes)
         """Where to find them again; None: they were not fetched."""
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the files are the cache's, where nobody writes them."""
+        return self._lease is not None
+
     def close(self) -> None:
         if self._lease is not None:
             self._lease.close()
