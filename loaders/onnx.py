@@ -4,8 +4,8 @@ One session costs no thread: one intra-op and one inter-op thread mean the calle
 per session. Without a CPU arena a session keeps no activations between runs: 92 kB instead of 130 kB for a small MLP
 after its first run. Memory patterns are off because they cache a plan per input shape. Weights stay prepacked: with
 arena and patterns off, `session.disable_prepacking` saved nothing (885 kB either way for a 790 kB MLP) and cost up to
-half the speed of batches (50 MB MLP, batch 32: 8 ms prepacked, 16 ms not). Large models are opened without (`onnx_parted`)
-and get it when they have been in use for as long as it takes.
+half the speed of batches (50 MB MLP, batch 32: 8 ms prepacked, 16 ms not). Large models are opened without
+(`onnx_parted`) and get it when they have been in use for as long as it takes.
 
 Loading runs no code of the model's author: operators come from ONNX Runtime alone (custom operator libraries are not
 accepted) and it refuses external data outside the model's folder.
@@ -139,9 +139,8 @@ class OnnxModel:
         }
 
     def unload(self) -> None:
-        with Change():
-            with self._switching:
-                self._opened = _GONE
+        with Change(), self._switching:
+            self._opened = _GONE
 
     def _pack(self, parted: Parted) -> None:
         """Begin to pack the weights, unless another model's are."""

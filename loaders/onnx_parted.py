@@ -2,9 +2,9 @@
 
 ONNX Runtime takes 2.6 ms a megabyte to open a model: it copies each weight twice on the way, and then packs matrices
 for its kernels. Here the protobuf is walked by field lengths, and the graph that is parsed says only where its large
-weights are in the file, as if that were external data. If nobody writes the file, ONNX Runtime maps them (100 MB: 2 ms);
-else they are read into memory that is shared with the session (30 ms, or 200 if a virtual machine touches that memory
-for the first time). Runs of a batch take up to twice as long; `Parted.packed` brings the packing back.
+weights are in the file, as if that were external data. If nobody writes the file, ONNX Runtime maps them (100 MB:
+2 ms); else they are read into memory that is shared with the session (30 ms, or 200 if a virtual machine touches that
+memory for the first time). Runs of a batch take up to twice as long; `Parted.packed` brings the packing back.
 
 Floats in a protobuf begin at any byte. The matrices of products are read by kernels that are made for that; of other
 weights only those are mapped that begin at a multiple of their size, because compilers may rely on it.
@@ -148,8 +148,8 @@ def _weight(data: mmap.mmap, start: int, end: int) -> tuple[str, _Span | None]:
 
 
 def _read(file: int, start: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Tensor:
-    array = np.empty(shape, dtype)
-    rest = memoryview(array.reshape(-1).view(np.uint8))
+    array: Tensor = np.empty(shape, dtype)
+    rest = memoryview(array.data).cast("B")
     while rest:
         count = os.preadv(file, [rest], start)
         if not count:

@@ -43,6 +43,7 @@ def test_operator_is_still_the_standard_librarys() -> None:
                 "datatypes",
                 "matrix",
                 "onnx_file",
+                "onnx_parted",
                 "onnx_session",
                 "sharing",
                 "sizing",

@@ -1,4 +1,4 @@
-"""`loaders.onnx_parted`: opened without parsing its weights, a model answers as ONNX Runtime does with the file itself."""
+"""`loaders.onnx_parted`: a model opened without parsing its weights answers as ONNX Runtime does with the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def network(path: Path, *, given: bool = False) -> Path:
     looked up; `given`: one weight is an input too, which clients may override (onnx.proto, GraphProto.initializer)."""
     rng = np.random.default_rng(3)
 
-    def weight(name: str, *shape: int) -> object:
+    def weight(name: str, *shape: int) -> TensorProto:
         return numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) / 30, name)
 
     nodes = [
