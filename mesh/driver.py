@@ -363,7 +363,8 @@ class Driver:
         self.step(CopyUnwanted(model_id))
         while self.engine.cache.copies.get(model_id) is copy:
             await self.changed(model_id)
-        if model_id in self.engine.view.models:
+        known = self.engine.view.models.get(model_id)
+        if known is not None and not known.stopped:
             self.want(model_id, last_used_ms=copy.used_ms)
 
     async def _attempt(

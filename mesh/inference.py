@@ -198,13 +198,14 @@ class Inference:
         return response.SerializeToString()
 
     async def _model_ready(self, call: Call, message: bytes) -> bytes:
-        """Ready: loaded, or can be loaded on demand. Unknown and failed models are not, as Triton answers."""
+        """Ready: loaded, or can be loaded on demand. Unknown, failed and stopped models are not, as Triton answers."""
         request = parse(pb.ModelReadyRequest, message)
         try:
             model_id, _ = await self._router.model_of(call, message, pb.ModelReadyRequest.NAME_FIELD_NUMBER)
             model = self._engine.view.models[await self._directory.model(model_id)]
             _check_version(request.version, settings_of(model), model_id)
-            ready = overall(self._engine.copies_of(model_id).values())[0] is not CopyStatus.FAILED
+            is_failed = overall(self._engine.copies_of(model_id).values())[0] is CopyStatus.FAILED
+            ready = not is_failed and not model.stopped
         except (ModelNotFound, LoaderError):
             ready = False
         return pb.ModelReadyResponse(ready=ready).SerializeToString()

@@ -2,7 +2,7 @@
 `model-settings.json`.
 
     {"tenant": "news", "min_copies": 1, "max_copies": 4, "pinned": true, "idle_unload_s": 600,
-     "requires": {"gpu": "h200"}, "priority": "high", "slo_ms": 100}
+     "requires": {"gpu": "h200"}, "priority": "high", "slo_ms": 100, "stopped": false}
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, Final
 from placement.labels import parse
 from placement.records import Priority
 
-NAMES: Final = ("tenant", "min_copies", "max_copies", "pinned", "idle_unload_s", "requires", "priority", "slo_ms")
+NAMES: Final = (
+    *("tenant", "min_copies", "max_copies", "pinned", "idle_unload_s", "requires", "priority", "slo_ms", "stopped"),
+)
 """As they are told, and as `ModelRecord` has them."""
 
 _MOST: Final = {"min_copies": 10_000, "max_copies": 10_000, "idle_unload_s": 31_536_000, "slo_ms": 86_400_000}
@@ -34,15 +36,17 @@ def fields_of(told: Mapping[str, Any]) -> dict[str, Any]:
     least, most = settings["min_copies"], settings["max_copies"]
     if most and least > most:
         raise ValueError(f"placement.min_copies: expected at most max_copies, which is {most}, found {least}")
-    pinned, tenant, priority = told.get("pinned", False), told.get("tenant", ""), told.get("priority", Priority.NORMAL)
-    if not isinstance(pinned, bool):
-        raise ValueError("placement.pinned: expected true or false")
+    tenant, priority = told.get("tenant", ""), told.get("priority", Priority.NORMAL)
+    for name in ("pinned", "stopped"):
+        settings[name] = told.get(name, False)
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"placement.{name}: expected true or false")
     if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
         raise ValueError("placement.tenant: expected up to 63 letters, digits, dots, dashes, underscores")
     if priority not in list(Priority):
         raise ValueError(f"placement.priority: expected one of {', '.join(Priority)}")
     requires = _requires(told.get("requires", {}))
-    return {**settings, "pinned": pinned, "tenant": tenant, "priority": Priority(priority), "requires": requires}
+    return {**settings, "tenant": tenant, "priority": Priority(priority), "requires": requires}
 
 
 def _number(name: str, value: Any, most: int) -> int:

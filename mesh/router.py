@@ -11,7 +11,16 @@ from typing import Final
 
 from mesh.directory import Directory
 from mesh.driver import Driver, now_ms
-from mesh.errors import InvalidRequest, LoadFailed, LoadUnavailable, MeshError, NoRoom, NotHere, PodUnavailable
+from mesh.errors import (
+    FailedPrecondition,
+    InvalidRequest,
+    LoadFailed,
+    LoadUnavailable,
+    MeshError,
+    NoRoom,
+    NotHere,
+    PodUnavailable,
+)
 from mesh.rpc import HOLDER, Call, Client, Head, Metadata, Told
 from placement.cache import Copy
 from placement.lifecycle import HAS_FAILED, IN_FLIGHT, CopyState
@@ -277,6 +286,8 @@ def _refusal(why: Why, model_id: ModelId, detail: str, last: MeshError | None) -
             return _load_error(model_id, detail, why is Why.LOAD_FAILED_FOR_NOW)
         case Why.NOT_HERE:
             return NotHere(f"model {model_id!r} is not here")
+        case Why.STOPPED:
+            return FailedPrecondition(f"model {model_id!r} is {detail}")
         case Why.NO_ROOM:
             return NoRoom(f"model {model_id!r}: {detail}")
         case _:

@@ -18,6 +18,7 @@ from placement.labels import lacks_labels, missing
 from placement.lifecycle import HAS_FAILED, IN_FLIGHT, CopyState
 from placement.limits import Limits
 from placement.messages import (
+    STOPPED,
     Action,
     CopyUnwanted,
     CopyWanted,
@@ -284,6 +285,8 @@ class Engine:
         model = self.view.models.get(model_id)
         if model is None:
             return self._refuse(Why.UNKNOWN_MODEL)
+        if model.stopped:
+            return self._refuse(Why.STOPPED, STOPPED)
         if hop is Hop.HIT_ONLY:
             return self._refuse(Why.NOT_HERE)
         if hop is Hop.LOAD_HERE:

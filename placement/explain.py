@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from placement.labels import lacks_labels, missing
+from placement.messages import STOPPED
 from placement.peers import Peers
 from placement.records import CopyRecord, CopyStatus, ModelRecord, PodId, PodRecord
 from placement.selection import Verdict
@@ -32,6 +33,8 @@ def explain(
 
 def unmet(model: ModelRecord, pods: Iterable[PodRecord]) -> str:
     """Why no live pod may load the model, whatever room there is; empty: one may. Pods may come that do."""
+    if model.stopped:
+        return STOPPED
     if not model.requires or any(not missing(model.requires, pod.labels) for pod in pods):
         return ""
     return lacks_labels(model.requires)
@@ -52,6 +55,8 @@ def _reasons(
         yield f"loaded on {_named(loaded)}"
     elif under_way:
         yield f"being loaded on {_named(by_status[CopyStatus.LOADING])}"
+    elif model.stopped:
+        yield f"not loaded: {STOPPED}"
     elif len(failed) >= load_tries:
         yield f"not loaded: its load failed on {len(failed)} pods, and is not tried on more until that is forgotten"
     elif candidates:
@@ -60,7 +65,7 @@ def _reasons(
         yield f"not loaded: {unmet(model, peers.pods().values()) or 'no pod can load it, see below'}"
     for copy in failed:
         yield f"its load failed on {copy.pod_id}: {copy.error}"
-    if model.min_copies > under_way:
+    if model.min_copies > under_way and not model.stopped:
         short = model.min_copies - under_way
         yield f"{short} more copies are to be kept (min_copies {model.min_copies}); {candidates} pods can load one"
 

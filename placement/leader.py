@@ -11,7 +11,7 @@ from typing import Final
 
 from placement.messages import Action, EnsureLoaded, LoadOn, SettleVModel
 from placement.peers import Peers
-from placement.records import CopyStatus, PodId, PodRecord, VModelRecord
+from placement.records import CopyStatus, ModelId, PodId, PodRecord, VModelRecord
 from placement.scaling import AT_ONCE, COLD_MS
 from placement.view import IN_MEMORY, ClusterView
 
@@ -61,15 +61,22 @@ def plan(view: ClusterView, peers: Peers, now_ms: int) -> list[Action]:
         failed = statuses.get(CopyStatus.FAILED)
         if CopyStatus.LOADED in statuses:
             actions += _loaded(view, peers, vmodel, now_ms)
-        elif vmodel.target not in view.models:
-            if not vmodel.failed:
-                actions.append(SettleVModel(vmodel, replace(vmodel, failed="target model is not registered")))
+        elif why := _cannot_load(view, vmodel.target):
+            if vmodel.failed != why:
+                actions.append(SettleVModel(vmodel, replace(vmodel, failed=why)))
         elif failed is not None and CopyStatus.LOADING not in statuses:
             if vmodel.failed != failed.error:
                 actions.append(SettleVModel(vmodel, replace(vmodel, failed=failed.error)))
         elif not vmodel.canary or (vmodel.canary_percent and _is_in_memory(view, vmodel)):
             actions.append(EnsureLoaded(vmodel.target))
     return actions
+
+
+def _cannot_load(view: ClusterView, target: ModelId) -> str:
+    model = view.models.get(target)
+    if model is None:
+        return "target model is not registered"
+    return "target model is stopped" if model.stopped else ""
 
 
 def _is_in_memory(view: ClusterView, vmodel: VModelRecord) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from placement.cache import Copy
 from placement.records import CopyRecord, ModelId, ModelRecord, PodId, Priority, Tier, VModelRecord
@@ -282,6 +282,10 @@ class Why(Enum):
     LOAD_FAILED_FOR_NOW = "load failed for now"
     NO_ROOM = "no room"
     NO_POD = "no pod"
+    STOPPED = "stopped"
+
+
+STOPPED: Final = "stopped by its registration (placement.stopped)"
 
 
 @dataclass(frozen=True, slots=True)

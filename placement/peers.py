@@ -140,6 +140,8 @@ class Peers:
     ) -> LoadOn | None:
         """Another copy of the model, on the best of those pods that have more room than a share `reserve` of their
         capacity would be left of, or whose coldest copy was not used for `cold_ms`. None: there is no such pod."""
+        if model.stopped:
+            return None
         model_id, copies = model.model_id, self._view.copies(model.model_id)
         asked = self._asked.setdefault(model_id, {})
         have = {pod_id for pod_id, copy in copies.items() if copy.status is not CopyStatus.HELD} | asked.keys()

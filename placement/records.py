@@ -84,6 +84,8 @@ class ModelRecord:
     """Of requests that do not tell their own."""
     slo_ms: int = 0
     """Time in which a request should be answered; 0: the mesh's default."""
+    stopped: bool = False
+    """It is not to be loaded, and its requests are refused."""
     revision: int = field(default=0, compare=False)
     created: int = field(default=0, compare=False)
 

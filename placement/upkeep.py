@@ -88,6 +88,8 @@ class Upkeep:
 
     def _judge(self, model: ModelRecord, now_ms: int, actions: list[Action]) -> None:
         model_id, copies = model.model_id, self._view.copies(model.model_id)
+        if model.stopped:
+            return
         if model.min_copies:
             there = {*self._peers.holders(model_id), *self._peers.to_come(model_id, now_ms)}
             for _ in range(model.min_copies - len(there)):

@@ -104,7 +104,7 @@ class ClusterView:
                     self.models[record.model_id] = record
                     self._attribute(record.model_id, 1)
                 self.models[record.model_id] = record
-                if old is not None and not same_contents(old, record):
+                if old is not None and not may_stay(old, record):
                     return record.model_id
             case VModelRecord():
                 known = self.vmodels.get(record.vmodel_id)
@@ -176,7 +176,7 @@ class ClusterView:
         changed = [
             model_id
             for model_id, model in self.models.items()
-            if model_id not in models or not same_contents(model, models[model_id])
+            if model_id not in models or not may_stay(model, models[model_id])
         ]
         for model_id, (registration, _) in list(self._sizes.items()):
             if model_id not in models or models[model_id].created != registration:
@@ -221,6 +221,11 @@ class ClusterView:
 
     def _forget_size(self, model_id: ModelId) -> None:
         self._sizes_sum -= self._sizes.pop(model_id, (0, 0))[1]
+
+
+def may_stay(old: ModelRecord, new: ModelRecord) -> bool:
+    """Whether copies of the one may be kept when it becomes the other."""
+    return same_contents(old, new) and (old.stopped or not new.stopped)
 
 
 def same_contents(a: ModelRecord, b: ModelRecord) -> bool:

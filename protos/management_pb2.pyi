@@ -235,7 +235,7 @@ class Explanation(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., pod_id: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., size_bytes: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ..., pods: _Optional[_Iterable[_Union[PodVerdict, _Mapping]]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("tenant", "min_copies", "max_copies", "pinned", "idle_unload_s", "requires", "priority", "slo_ms")
+    __slots__ = ("tenant", "min_copies", "max_copies", "pinned", "idle_unload_s", "requires", "priority", "slo_ms", "stopped")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MIN_COPIES_FIELD_NUMBER: _ClassVar[int]
     MAX_COPIES_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +244,7 @@ class Placement(_message.Message):
     REQUIRES_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     min_copies: int
     max_copies: int
@@ -252,7 +253,8 @@ class Placement(_message.Message):
     requires: str
     priority: str
     slo_ms: int
-    def __init__(self, tenant: _Optional[str] = ..., min_copies: _Optional[int] = ..., max_copies: _Optional[int] = ..., pinned: _Optional[bool] = ..., idle_unload_s: _Optional[int] = ..., requires: _Optional[str] = ..., priority: _Optional[str] = ..., slo_ms: _Optional[int] = ...) -> None: ...
+    stopped: bool
+    def __init__(self, tenant: _Optional[str] = ..., min_copies: _Optional[int] = ..., max_copies: _Optional[int] = ..., pinned: _Optional[bool] = ..., idle_unload_s: _Optional[int] = ..., requires: _Optional[str] = ..., priority: _Optional[str] = ..., slo_ms: _Optional[int] = ..., stopped: _Optional[bool] = ...) -> None: ...
 
 class PodVerdict(_message.Message):
     __slots__ = ("pod_id", "can_load", "reasons", "parts_ms", "total_ms")

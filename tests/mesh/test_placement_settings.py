@@ -15,9 +15,10 @@ from mesh.registration import registration
 from mesh.repository import scan
 from mesh.settings import from_key, to_key
 from placement.records import ModelRecord, Priority
+from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.mesh.client import Client
-from tests.mesh.pods import Loads, Mesh, running, until
+from tests.mesh.pods import Loads, Mesh, request_for, running, until
 
 ALL: dict[str, Any] = {
     "tenant": "news",
@@ -28,6 +29,7 @@ ALL: dict[str, Any] = {
     "requires": {"gpu": "h200", "example.com/disk": "fast"},
     "priority": "high",
     "slo_ms": 100,
+    "stopped": True,
 }
 
 
@@ -69,6 +71,7 @@ def test_every_setting_goes_into_the_record_and_out_of_the_key() -> None:
         ({"idle_unload_s": 31_536_001}, "placement.idle_unload_s: expected a whole number from 0 to 31536000"),
         ({"slo_ms": "fast"}, "placement.slo_ms: expected a whole number from 0 to 86400000"),
         ({"pinned": "yes"}, "placement.pinned: expected true or false"),
+        ({"stopped": 1}, "placement.stopped: expected true or false"),
         ({"priority": "highest"}, "placement.priority: expected one of high, normal, low"),
         ({"priority": ["high"]}, "placement.priority: expected one of high, normal, low"),
         ({"tenant": "a/b"}, "placement.tenant: expected up to 63 letters"),
@@ -159,3 +162,58 @@ def write(folder: Path, placement: Any) -> None:
 def test_what_is_left_out_has_its_default() -> None:
     nothing = ModelRecord("m", "synthetic", "")
     assert fields_of({}) == {name: getattr(nothing, name) for name in NAMES}
+
+
+# Stopped (serving.kserve.io/stop)
+
+
+async def test_a_stopped_model_is_unloaded_and_refused_until_it_is_started(loads: Loads) -> None:
+    async with running("ab", loads) as mesh:
+        a, b = mesh.clients["a"], mesh.clients["b"]
+        await a.call("registerModel", request({"min_copies": 2}))
+        await until(lambda: len(mesh.holders("m")) == 2)
+        told = await a.call("registerModel", request({"min_copies": 2, "stopped": True}))
+        await until(lambda: not any(pod.engine.cache.copies for pod in mesh.pods.values()))
+        assert told.status in (mm.ModelStatusInfo.LOADED, mm.ModelStatusInfo.NOT_LOADED)  # as its copies go
+        for client in (a, b):
+            status, said = await client.refusal("ModelInfer", request_for("m"))
+            assert (status, said) == (
+                "FAILED_PRECONDITION",
+                "model 'm' is stopped by its registration (placement.stopped)",
+            )
+        ensured = mm.EnsureLoadedRequest(modelId="m", sync=True)
+        assert (await a.refusal("ensureLoaded", ensured))[0] == "FAILED_PRECONDITION"
+        assert not (await a.call("ModelReady", v2.ModelReadyRequest(name="m"))).ready
+        assert list((await a.call("Explain", mm.ExplainRequest(model_id="m"))).reasons) == [
+            "not loaded: stopped by its registration (placement.stopped)"
+        ]
+        await a.call("registerModel", request({"min_copies": 2, "stopped": False}))
+        await until(lambda: len(mesh.holders("m")) == 2)
+        assert await mesh.infer("m") in ("a", "b")
+
+
+async def test_a_vmodels_target_that_is_stopped_says_so(mesh: Mesh, a: Client) -> None:
+    await mesh.register("old", load=True)
+    await a.call("setVModel", mm.SetVModelRequest(vModelId="v", targetModelId="old"))
+    moving = mm.SetVModelRequest(vModelId="v", targetModelId="m", modelInfo=info({"stopped": True}), sync=True)
+    told = await a.call("setVModel", moving)
+    assert (told.status, told.activeModelId) == (mm.VModelStatusInfo.TRANSITION_FAILED, "old")
+    assert told.targetModelStatus.errors == ["stopped by its registration (placement.stopped)"]
+    moving.modelInfo.CopyFrom(info({"stopped": False}))
+    await a.call("setVModel", moving)
+    await until(lambda: mesh.pods["a"].engine.view.vmodels["v"].active == "m")
+
+
+async def test_an_idle_vmodel_is_unloaded_on_both_sides_and_comes_back(mesh: Mesh, a: Client) -> None:
+    """min_copies 0 and idle_unload_s, with a canary: nothing keeps loading what nobody asks for."""
+    for model_id in ("old", "new"):
+        told = mm.SetVModelRequest(
+            vModelId="v", targetModelId=model_id, modelInfo=info({"idle_unload_s": 1}), loadNow=True, sync=True
+        )
+        told.canary_percent = 50
+        await a.call("setVModel", told)
+    copies = mesh.pods["a"].engine.cache.copies
+    await until(lambda: not copies)
+    await a.call("ModelInfer", request_for("v"))
+    assert "old" in copies
+    await until(lambda: "new" in copies)
