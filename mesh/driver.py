@@ -225,11 +225,23 @@ class Driver:
             if isinstance(resident.model, TieredModel):
                 self.lost(self.engine.cache.copies[model_id])
 
-    async def look_below(self) -> None:
-        """Tell the engine what lower tiers have lost, every minute, until cancelled."""
+    def residents(self) -> Iterable[tuple[ModelId, Resident]]:
+        """What is loaded."""
+        return self._loaded.items()
+
+    async def compare(self, check: Callable[[], object]) -> None:
+        """Every minute, until closed: hold the books against what is there, and tell the engine what lower tiers have
+        lost."""
+
+        def look() -> Iterable[ModelId]:
+            check()
+            return self.tiers.gone()
+
         while True:
             await asyncio.sleep(_LOOK_S)
-            for model_id in await self._do(self.tiers.gone):
+            if self._closed:
+                return
+            for model_id in await self._do(look):
                 self.step(HeldLost(model_id, Tier.DISK))
                 if model_id not in self.engine.copies.lower[Tier.DISK].entries:
                     self.tiers.forget(model_id)

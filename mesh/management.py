@@ -17,6 +17,7 @@ from mesh.errors import (
 )
 from mesh.explain import Explanations
 from mesh.inference import parse
+from mesh.memory import Memory
 from mesh.mirror import Mirror
 from mesh.registration import Registration, registration
 from mesh.registry.base import CAS_TRIES, Commit, Entry, Registry, RegistryError
@@ -62,6 +63,7 @@ class Management:
         router: Router,
         residency: Residency,
         vmodels: VModels,
+        memory: Memory,
     ) -> None:
         self._engine = engine
         self._view = engine.view
@@ -71,6 +73,7 @@ class Management:
         self._router = router
         self._residency = residency
         self._vmodels = vmodels
+        self._memory = memory
         self._tenants = TenantGrants(engine, registry, mirror)
 
     def handlers(self) -> Handlers:
@@ -83,6 +86,7 @@ class Management:
             MODEL_MESH + "deleteVModel": self._delete_vmodel,
             MODEL_MESH + "getVModelStatus": self._get_vmodel_status,
             MESH + "GetState": self._get_state,
+            MESH + "GetMemory": self._get_memory,
             MESH + "Explain": Explanations(self._engine, self._directory).explain,
         }
         unary |= {MESH + name: handler for name, handler in self._tenants.handlers().items()}
@@ -281,6 +285,35 @@ class Management:
             for model in sorted(self._view.models.values(), key=lambda model: model.model_id):
                 info = pb.ModelInfo(type=model.format, path=model.path, key=model.key)
                 state.models.add(model_id=model.model_id, info=info, status=self._status(model.model_id))
+        return state.SerializeToString()
+
+    async def _get_memory(self, call: Call, message: bytes) -> bytes:
+        parse(pb.GetMemoryRequest, message)
+        memory, last = self._memory, self._memory.last
+        state = pb.MemoryState(pod_id=self._engine.pod_id, device_lost=memory.lost)
+        for tier in memory.tiers():
+            state.tiers.add(
+                name=tier.name,
+                capacity_bytes=tier.capacity,
+                free_bytes=tier.free,
+                shared_bytes=tier.shared,
+                **{f"{told}_bytes": size_bytes for told, size_bytes in tier.by_state.items()},
+            )
+        for (tenant, tier_name), size_bytes in sorted(memory.tenants().items()):
+            state.tenants.add(tenant=tenant, tier=tier_name, size_bytes=size_bytes)
+        for model in memory.models():
+            state.models.add(
+                model_id=model.model_id,
+                tenant=model.tenant,
+                tier=model.tier,
+                state=model.state,
+                size_bytes=model.size,
+                charged_bytes=model.charged,
+            )
+        check = state.check
+        check.expected_bytes, check.resident_bytes = last.expected, last.resident
+        check.device_used_bytes = last.device_used
+        check.alarms.extend(last.alarms)
         return state.SerializeToString()
 
 

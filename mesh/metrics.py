@@ -20,6 +20,7 @@ from loaders.fleet.promotion import promotions
 from mesh.errors import Code, MeshError
 from mesh.histogram import Histogram
 from mesh.in_line import InLine
+from mesh.memory import Memory
 from mesh.preparing import Preparing
 from mesh.rpc import Call, Handlers, Unary
 from mesh.runtime.runtime import Runtime
@@ -32,6 +33,7 @@ from placement.lifecycle import CopyState
 _BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 _MOST_ARCHITECTURES: Final = 20
+_MOST_TENANTS: Final = 100
 
 _POLL_S: Final = 0.1
 """How often the server looks whether it should end (start_http_server: every half second)."""
@@ -53,6 +55,7 @@ class Metrics(Collector):
         runtime: Runtime | None = None,
         split: Split | None = None,
         joint_sizes: Histogram | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._engine = engine
         self._in_line = in_line
@@ -63,6 +66,7 @@ class Metrics(Collector):
         self._runtime = runtime
         self._sizes = sizes
         self._split = split
+        self._memory = memory
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._cells: dict[tuple[str, Code], Histogram] = {}
@@ -153,6 +157,8 @@ class Metrics(Collector):
             )
             up.add_metric((self._runtime.settings.name,), self._runtime.is_up)
             yield up
+        if self._memory is not None:
+            yield from _in_memory(self._memory)
         yield from _shared_architectures()
         if self._tls is not None and self._tls.until is not None:
             yield GaugeMetricFamily(
@@ -228,6 +234,43 @@ def _by_state(name: str, explanation: str, values: Iterable[tuple[CopyState, int
         if state is not CopyState.GONE:
             gauge.add_metric((state.value,), value)
     return gauge
+
+
+def _in_memory(memory: Memory) -> Iterator[Metric]:
+    capacity = GaugeMetricFamily("densemesh_tier_capacity_bytes", "What a tier may hold.", labels=("tier",))
+    held = GaugeMetricFamily(
+        "densemesh_tier_bytes",
+        "Bytes by the books of a tier; those promised lie nowhere yet.",
+        labels=("tier", "state"),
+    )
+    shared = GaugeMetricFamily(
+        "densemesh_tier_shared_bytes",
+        "Of these, what is not taken, because models have it in common.",
+        labels=("tier",),
+    )
+    for tier in memory.tiers():
+        capacity.add_metric((tier.name,), tier.capacity)
+        shared.add_metric((tier.name,), tier.shared)
+        for state, size_bytes in {**tier.by_state, "free": tier.free}.items():
+            held.add_metric((tier.name, state), size_bytes)
+    yield from (capacity, held, shared)
+    tenants = GaugeMetricFamily(
+        "densemesh_tenant_bytes",
+        f"Bytes of a tenant's models in a tier; of the {_MOST_TENANTS} largest.",
+        labels=("tenant", "tier"),
+    )
+    for (tenant, name), size_bytes in memory.tenants().most_common(_MOST_TENANTS):
+        tenants.add_metric((tenant, name), size_bytes)
+    yield tenants
+    last = memory.last
+    for name, explanation, value in (
+        ("expected_bytes", "What the process should have resident by the books, as of the last check.", last.expected),
+        ("resident_bytes", "What it has, shared memory left out.", last.resident),
+        ("device_used_bytes", "What the device says is in use; 0: there is none.", last.device_used),
+        ("alarm", "How many things differ by more than they may; the log says which.", len(last.alarms)),
+        ("device_lost", "Whether the device is not used any more.", bool(memory.lost)),
+    ):
+        yield GaugeMetricFamily(f"densemesh_memory_{name}", explanation, value=value)
 
 
 def _shared_architectures() -> Iterator[Metric]:

@@ -18,6 +18,7 @@ from typing import Final
 from loaders import canonical, loader_for
 from loaders.artifacts import local_path, newest_version, reading, resolve
 from loaders.base import Artifact, LoadedModel, Loader, LoaderError
+from loaders.memory.process import private_bytes
 from loaders.memory.store import Store
 from loaders.memory.tiered import TieredLoader, TieredModel, load_tiered
 from loaders.prepare import Damaged
@@ -64,6 +65,9 @@ class Models:
         self._allowed_code = allowed_code
         self._preparation = preparation
         self.sizes = Sizes()
+        self.framework_bytes = 0
+        """What importing frameworks took."""
+        self._imported: set[str] = set()
 
     @property
     def prepares(self) -> bool:
@@ -202,7 +206,14 @@ class Models:
     def _loader(self, model: ModelRecord) -> Loader:
         if self._runtime is not None and self._is_remote(model):
             return RemoteLoader(self._runtime, model, named_format(model))
-        return loader_for(format_of(model))
+        format_name = format_of(model)
+        if format_name in self._imported:
+            return loader_for(format_name)
+        before = private_bytes()
+        loader = loader_for(format_name)
+        self.framework_bytes += max(private_bytes() - before, 0)
+        self._imported.add(format_name)
+        return loader
 
     def _held(self, model: ModelRecord, settings: ModelSettings, fetched: Fetched | None = None) -> Held:
         """Its files in the version that the store has now, or if the store is away, as they were fetched before."""

@@ -28,6 +28,7 @@ from mesh.health import Health
 from mesh.hits import Hits
 from mesh.inference import INFER, Inference
 from mesh.management import Management
+from mesh.memory import Memory
 from mesh.mirror import Mirror
 from mesh.models import Models
 from mesh.publisher import Publisher
@@ -84,6 +85,7 @@ class _Parts:
     mirror: Mirror
     management: Management
     observed: metrics.Metrics
+    memory: Memory
     handlers: Handlers
 
 
@@ -245,7 +247,8 @@ class Pod:
         residency = Residency(driver, router, client, tasks)
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
-        management = Management(engine, registry, mirror, directory, router, residency, vmodels)
+        memory = Memory(engine, models, self.store, driver.residents, is_apart=config.device != "host")
+        management = Management(engine, registry, mirror, directory, router, residency, vmodels, memory)
         observed = metrics.Metrics(
             engine,
             driver.in_line,
@@ -256,6 +259,7 @@ class Pod:
             runtime,
             split,
             driver.batcher.joint,
+            memory,
         )
         hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
         handlers = observed.timed(
@@ -266,14 +270,15 @@ class Pod:
         )
         relay = ModelRelay(engine, router, directory, client, partial(observed.cell, "ModelInfer"))
         handlers |= Handlers(relays={INFER: relay}, quick={INFER: hits.take})
-        return _Parts(driver, publisher, mirror, management, observed, handlers)
+        return _Parts(driver, publisher, mirror, management, observed, memory, handlers)
 
     async def _start(self, parts: _Parts, server: Server, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:
         """Know the mesh, be known to it, take calls; the task that keeps the pod known."""
         await asyncio.to_thread(_preload, self.config.preloaded)
+        parts.memory.begin()
         await _until_registry(parts.mirror.load)
         publishing = tasks.create_task(parts.publisher.run())
-        for work in (parts.mirror.run(), parts.driver.tick(), parts.driver.look_below()):
+        for work in (parts.mirror.run(), parts.driver.tick(), parts.driver.compare(parts.memory.check)):
             tasks.create_task(work)
         if self._runtime is not None:
             tasks.create_task(self._runtime.watch(parts.driver.models_changed))

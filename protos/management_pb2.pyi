@@ -212,6 +212,84 @@ class PodState(_message.Message):
     labels: str
     def __init__(self, pod_id: _Optional[str] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., models_loaded: _Optional[int] = ..., models_loading: _Optional[int] = ..., models_failed: _Optional[int] = ..., draining: _Optional[bool] = ..., oldest_used_ms: _Optional[int] = ..., labels: _Optional[str] = ...) -> None: ...
 
+class GetMemoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MemoryState(_message.Message):
+    __slots__ = ("pod_id", "tiers", "tenants", "models", "check", "device_lost")
+    POD_ID_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_LOST_FIELD_NUMBER: _ClassVar[int]
+    pod_id: str
+    tiers: _containers.RepeatedCompositeFieldContainer[TierMemory]
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantMemory]
+    models: _containers.RepeatedCompositeFieldContainer[ModelMemory]
+    check: MemoryCheck
+    device_lost: str
+    def __init__(self, pod_id: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierMemory, _Mapping]]] = ..., tenants: _Optional[_Iterable[_Union[TenantMemory, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelMemory, _Mapping]]] = ..., check: _Optional[_Union[MemoryCheck, _Mapping]] = ..., device_lost: _Optional[str] = ...) -> None: ...
+
+class TierMemory(_message.Message):
+    __slots__ = ("name", "capacity_bytes", "promised_bytes", "loading_bytes", "loaded_bytes", "unloading_bytes", "free_bytes", "shared_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROMISED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOADING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNLOADING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    capacity_bytes: int
+    promised_bytes: int
+    loading_bytes: int
+    loaded_bytes: int
+    unloading_bytes: int
+    free_bytes: int
+    shared_bytes: int
+    def __init__(self, name: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., promised_bytes: _Optional[int] = ..., loading_bytes: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., unloading_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
+
+class TenantMemory(_message.Message):
+    __slots__ = ("tenant", "tier", "size_bytes")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    tier: str
+    size_bytes: int
+    def __init__(self, tenant: _Optional[str] = ..., tier: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class ModelMemory(_message.Message):
+    __slots__ = ("model_id", "tenant", "tier", "state", "size_bytes", "charged_bytes")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHARGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    tenant: str
+    tier: str
+    state: str
+    size_bytes: int
+    charged_bytes: int
+    def __init__(self, model_id: _Optional[str] = ..., tenant: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., charged_bytes: _Optional[int] = ...) -> None: ...
+
+class MemoryCheck(_message.Message):
+    __slots__ = ("expected_bytes", "resident_bytes", "device_used_bytes", "alarms")
+    EXPECTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALARMS_FIELD_NUMBER: _ClassVar[int]
+    expected_bytes: int
+    resident_bytes: int
+    device_used_bytes: int
+    alarms: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, expected_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., alarms: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class ExplainRequest(_message.Message):
     __slots__ = ("model_id",)
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]

@@ -22,7 +22,7 @@ from loaders.base import LoaderError
 from loaders.memory.buffers import BUFFER_BYTES, Buffers, Source
 from loaders.memory.compaction import make_hole
 from loaders.memory.dedup import Catalogue, Known, ModelKey, Part
-from loaders.memory.device import CopyFailed, Copying, Device, DeviceLost, Move, placed
+from loaders.memory.device import CopyFailed, Copying, Device, DeviceLost, DeviceMemory, Move, placed
 from loaders.memory.slots import Slot, Slots
 from loaders.memory.tier import Filling, NoRoom, Resident, Rows, Tier, Usage, moves_between, moves_of, rows_of
 from loaders.memory.weights_index import Contents, CorruptWeights
@@ -162,6 +162,14 @@ class Store:
         with self._lock:
             resident = tier.models.get(key)
             return resident is not None and resident.here
+
+    def memory(self) -> DeviceMemory:
+        """What the device itself says.
+
+        Raises:
+            DeviceLost: nothing.
+        """
+        return self._port.memory()
 
     def usage(self, tier: Tier) -> Usage:
         with self._lock:

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
+from mesh.cli.memory import show_memory
 from mesh.config import format_bytes
 from mesh.errors import MeshError
 from mesh.h2_client import H2Client
@@ -167,9 +168,12 @@ def ensure_loaded(target: Target, model_id: str, wait: bool) -> int | None:
 
 @click.command()
 @click.argument("model_id", metavar="[ID]", required=False)
+@click.option("--memory", is_flag=True, help="What lies in the memory tiers of the pod that is asked.")
 @targeted
-def status(target: Target, model_id: str | None) -> int | None:
+def status(target: Target, model_id: str | None, memory: bool) -> int | None:
     """Show the model ID, or the mesh: its pods and models."""
+    if memory:
+        return show_memory(target, model_id)
     if model_id is not None:
         request = pb.GetStatusRequest(modelId=model_id)
         return _loaded(target, model_id, target.call(MODEL_MESH + "getModelStatus", request, pb.ModelStatusInfo))

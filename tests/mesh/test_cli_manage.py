@@ -67,6 +67,23 @@ def test_a_path_may_be_relative_to_where_the_command_runs(
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "relative  LOADED")
 
 
+def test_memory_as_a_table_and_as_json(run: Command) -> None:
+    told(run("register", "large", "synthetic", "--format", "synthetic", "--wait", "--output", "json"))
+    done = run("status", "--memory")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0] == ["TIER", "CAPACITY", "PROMISED", "LOADING", "LOADED", "UNLOADING", "FREE", "SHARED"]
+    assert lines[1][:3] == ["memory", "256.0", "MiB"]
+    assert ["large", "-", "memory", "loaded", "1.0", "MiB", "1.0", "MiB"] in lines
+    state = told(run("status", "large", "--memory", "--output", "json"))
+    assert [(model["model_id"], model["tier"], model["size_bytes"]) for model in state["models"]] == [
+        ("large", "memory", str(1 << 20))
+    ]
+    memory, disk = state["tiers"]
+    assert int(memory["free_bytes"]) + int(memory["loaded_bytes"]) == int(memory["capacity_bytes"]) == 256 << 20
+    assert disk["name"] == "disk"
+
+
 def test_the_mesh_as_a_table_and_as_json(run: Command) -> None:
     told(run("register", "shown", "synthetic", "--format", "synthetic", "--wait", "--output", "json"))
     table = run("status").stdout

@@ -3,6 +3,7 @@ Authority: docs/ARCHITECTURE.md, "A load" and "Weights"; decision 7; issue 6, "B
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,9 @@ from protos import inference_pb2 as v2
 from protos import management_pb2 as mm
 from tests.loaders.dense_weights import ROWS, Dense, write_dense
 from tests.loaders.object_server import ObjectServer, serving
+from tests.loaders.weights_made import made, tensor
 from tests.mesh.pods import Loads, Mesh, running, until
+from tests.mesh.test_metrics import scrape
 from tests.mesh.test_storage import register, settings
 
 KIB = 1 << 10
@@ -135,10 +138,14 @@ class Weights:
         self.folder = folder
         self.of: dict[str, Tensor] = {}
 
-    async def register(self, mesh: Mesh, *model_ids: str, columns: int = 1024, load: bool = True) -> mm.ModelStatusInfo:
+    async def register(
+        self, mesh: Mesh, *model_ids: str, columns: int = 1024, like: str = "", load: bool = True
+    ) -> mm.ModelStatusInfo:
+        """`like`: with the weights of another."""
         for model_id in model_ids:
             path = self.folder / f"{model_id}.weights"
-            self.of[model_id] = write_dense(path, len(self.of), columns)
+            seed = list(self.of).index(like) if like else len(self.of)
+            self.of[model_id] = write_dense(path, seed, columns)
             info = mm.ModelInfo(type="dense", path=str(path))
             request = mm.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=load, sync=load)
             pod_id = next(iter(mesh.pods))
@@ -181,6 +188,69 @@ def device_of(mesh: Mesh, pod_id: str = "a") -> FakeDevice:
     assert store is not None
     assert isinstance(store._port, FakeDevice)
     return store._port
+
+
+async def test_status_and_metrics_tell_each_tiers_books_with_shared_bytes_once(dense: Weights) -> None:
+    async with with_device(dense, models=3, host_memory=f"{2 * ONE}B") as mesh:
+        await dense.register(mesh, "m0", "m1", "m2", "m3")
+        await dense.register(mesh, "twin", like="m3")
+        state = await mesh.clients["a"].call("GetMemory", mm.GetMemoryRequest())
+        device, host, disk = state.tiers
+        assert (device.name, device.capacity_bytes, device.loaded_bytes) == ("device", 3 * ONE, 3 * ONE)
+        assert (device.free_bytes, device.shared_bytes) == (0, ONE)
+        assert (host.name, host.capacity_bytes, host.loaded_bytes) == ("host", 2 * ONE, 2 * ONE)
+        assert (disk.name, disk.loaded_bytes) == ("disk", 0)
+        held = {(model.model_id, model.tier): (model.state, model.charged_bytes) for model in state.models}
+        assert held == {
+            ("m0", "host"): ("held", ONE),
+            ("m1", "host"): ("held", ONE),
+            ("m2", "device"): ("loaded", ONE),
+            ("m3", "device"): ("loaded", ONE),
+            ("twin", "device"): ("loaded", 0),
+        }
+        seen = await scrape(mesh, "a")
+        assert seen["densemesh_tier_bytes", "loaded,device"] == 3 * ONE
+        assert seen["densemesh_tier_shared_bytes", "device"] == ONE
+        assert seen["densemesh_tier_capacity_bytes", "host"] == 2 * ONE
+        assert seen["densemesh_tenant_bytes", ",device"] == 2 * ONE
+        assert seen["densemesh_memory_alarm", ""] == 0
+        await mesh.unregister("twin")
+
+
+async def test_books_that_differ_from_what_lies_there_raise_an_alarm(
+    dense: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.driver._LOOK_S", 0.02)
+    async with with_device(dense) as mesh:
+        await dense.register(mesh, "m")
+        store = mesh.pods["a"].store
+        assert store is not None
+        assert await alarms(mesh) == []
+        store.load("foreign", made([tensor(1)]))
+        await until_alarm(mesh, f"{ONE + 64 * KIB} bytes of models lie on the device, {ONE} by the books")
+        store.drop("foreign", store.device)
+        monkeypatch.setattr("mesh.memory.private_bytes", lambda: 1 << 40)
+        await until_alarm(mesh, f"the process has {1 << 40} bytes resident")
+        monkeypatch.setattr("mesh.memory.private_bytes", lambda: 1 << 20)
+        await until_alarm(mesh, "")
+
+
+async def alarms(mesh: Mesh) -> list[str]:
+    """Of the last check; after the first."""
+    while True:
+        state = await mesh.clients["a"].call("GetMemory", mm.GetMemoryRequest())
+        if state.check.expected_bytes:
+            return list(state.check.alarms)
+
+
+async def until_alarm(mesh: Mesh, says: str) -> None:
+    """Return when that is the only alarm; empty: when there is none."""
+    async with asyncio.timeout(30):
+        while True:
+            told = await alarms(mesh)
+            if [says in alarm for alarm in told] == [True] * bool(says):
+                assert (await scrape(mesh, "a"))["densemesh_memory_alarm", ""] == len(told)
+                return
 
 
 @pytest.mark.parametrize("mode", ["exclusive", "inclusive"])
