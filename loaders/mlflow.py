@@ -119,6 +119,18 @@ class ColumnsModel:
         self._model.unload()
 
 
+def inner(artifact: Artifact) -> tuple[str, Artifact] | None:
+    """The format and the file that are served of a model, where that is the same as if the file had been registered.
+
+    Raises:
+        LoaderError: `MLmodel` is not what MLflow writes.
+    """
+    described = _described(artifact.path)
+    native = _native(described, artifact)
+    takes_columns = native is not None and native[0] != "onnx" and len(_specs(described, "inputs")) > 1
+    return None if takes_columns else native
+
+
 def _described(path: Path) -> dict[str, Any]:
     """`MLmodel`."""
     with reading(path), (path / "MLmodel").open("rb") as file:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from loaders.prepare import PREPARERS
+from loaders.prepare import PREPARERS, WRAPPERS
 from loaders.prepare.preparation import Outcome
 from mesh.models import Models, format_of
 from placement.records import ModelRecord
@@ -34,7 +34,7 @@ class Preparing:
     async def has_better(self, model: ModelRecord, is_wanted: Callable[[], bool]) -> bool:
         """Whether a better form of the model is there now: made, if it can be and is wanted when its turn comes."""
         format_name = format_of(model)
-        if format_name not in PREPARERS or not self._models.prepares:
+        if format_name not in {**PREPARERS, **WRAPPERS} or not self._models.prepares:
             return False
         outcome, elapsed_s = await asyncio.get_running_loop().run_in_executor(
             self._pool, self._prepare, model, is_wanted

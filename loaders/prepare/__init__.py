@@ -5,6 +5,7 @@ hold the interpreter lock for seconds and may crash; the result is kept on disk 
 every later load of the same bytes, by any pod on the node, takes it and does not import the model's framework.
 
     PREPARERS     format -> what makes its form, in the child            sklearn, and what it needs: probes, trees
+    WRAPPERS      format -> what tells which of these is in it
     FORMS         form -> its loader, in the pod                         converted
     preparation   what is there, and what is to be made                  digests: files by content
     child         the process, seen from the pod                         __main__: the process
@@ -18,7 +19,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
-from loaders.base import Loader, LoaderError
+from loaders.base import Artifact, Loader, LoaderError
 
 
 class NotPreparable(Exception):
@@ -44,10 +45,14 @@ class Preparer:
     deadline_s: float = 120.0
     max_bytes: int = 512 << 20
     """Models with more bytes are served as they are."""
+    read_bytes: int = 1 << 40
+    """Models with more bytes, of content that is not known yet, are loaded as they are sooner than they are read."""
 
 
 PREPARERS: Final[dict[str, Preparer]] = {
-    "onnx": Preparer("loaders.fleet.split:split", "shared", ("onnxruntime", "onnx"), max_bytes=1 << 30),
+    "onnx": Preparer(
+        "loaders.fleet.split:split", "shared", ("onnxruntime", "onnx"), max_bytes=1 << 30, read_bytes=16 << 20
+    ),
     "lightgbm": Preparer(
         "loaders.prepare.boosted:prepare_lightgbm", "converted", ("lightgbm", "onnx"), max_bytes=64 << 20
     ),
@@ -62,6 +67,9 @@ PREPARERS: Final[dict[str, Preparer]] = {
     ),
 }
 
+WRAPPERS: Final[dict[str, str]] = {"mlflow": "loaders.mlflow:inner"}
+"""Format whose models may be another's in a directory -> what tells which, called as `function(artifact)`."""
+
 FORMS: Final[dict[str, str]] = {
     "converted": "loaders.prepare.converted:ConvertedLoader",
     "shared": "loaders.fleet.model:SharedLoader",
@@ -74,6 +82,18 @@ def form_loader(form: str) -> Loader:
     """The loader of a form, kept for the life of the process."""
     loader: Loader = named(FORMS[form])()
     return loader
+
+
+def unwrapped(format_name: str, artifact: Artifact) -> tuple[str, Artifact]:
+    """The format and the artifact that are to be prepared.
+
+    Raises:
+        LoaderError: from the format's wrapper.
+    """
+    inner: tuple[str, Artifact] | None = None
+    if format_name in WRAPPERS:
+        inner = named(WRAPPERS[format_name])(artifact)
+    return inner or (format_name, artifact)
 
 
 def named(path: str) -> Any:

@@ -18,6 +18,16 @@ class Digests:
         self._lock = threading.Lock()
         self._known: dict[tuple[int, ...], bytes] = {}
 
+    def knows(self, path: Path) -> bool:
+        """Whether `of` reads nothing.
+
+        Raises:
+            OSError: see `of`.
+        """
+        identities = [_identity(file.stat()) for file in files_of(path)]
+        with self._lock:
+            return all(identity in self._known for identity in identities)
+
     def of(self, path: Path) -> str:
         """Of a file's bytes; of a directory's names and files.
 
@@ -34,9 +44,7 @@ class Digests:
 
     def _of_file(self, path: Path) -> bytes:
         with path.open("rb", buffering=0) as file:
-            found = os.fstat(file.fileno())
-            # ctime, which nobody can set back: a file may be written anew with the same length and mtime.
-            identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            identity = _identity(os.fstat(file.fileno()))
             with self._lock:
                 known = self._known.get(identity)
             if known is None:
@@ -46,6 +54,11 @@ class Digests:
                         self._known.clear()
                     self._known[identity] = known
             return known
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    # ctime, which nobody can set back: a file may be written anew with the same length and mtime.
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def files_of(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Final
 
 from loaders.artifacts import own_parameters
 from loaders.base import Artifact, LoadedModel, LoaderError
-from loaders.prepare import PREPARERS, Preparer, form_loader
+from loaders.prepare import PREPARERS, Preparer, form_loader, unwrapped
 from loaders.prepare.child import Child, ChildFailed
 from loaders.prepare.digests import Digests, files_of
 from loaders.storage.cache import Cache, Lease, Room
@@ -102,12 +102,13 @@ class Preparation:
             self._cache.close()
 
     def find(self, format_name: str, artifact: Artifact) -> Prepared | None:
-        """A model's form, if there is one.
+        """A model's form, if there is one, and it is not sooner to load the model as it is (`Preparer.read_bytes`).
 
         Raises:
             LoaderError: the model or the directory cannot be read.
         """
-        digest = self._digest(format_name, artifact)
+        format_name, artifact = unwrapped(format_name, artifact)
+        digest = self._digest(format_name, artifact, is_awaited=True)
         if not digest or digest in self._given_up:
             return None
         lease = self._open().find(digest)
@@ -125,6 +126,7 @@ class Preparation:
         Raises:
             LoaderError: see `find`.
         """
+        format_name, artifact = unwrapped(format_name, artifact)
         digest = self._digest(format_name, artifact)
         log.warning("%s: its prepared form is dropped: %s", artifact.path, why)
         if digest in self._dropped or not self._open().drop(digest):
@@ -137,6 +139,7 @@ class Preparation:
         Raises:
             LoaderError: see `find`; or the directory is full.
         """
+        format_name, artifact = unwrapped(format_name, artifact)
         digest = self._digest(format_name, artifact)
         if not digest or digest in self._given_up:
             return None
@@ -186,14 +189,18 @@ class Preparation:
                 path.unlink()
             (folder / _REFUSED).write_text(answer["refused"])
 
-    def _digest(self, format_name: str, artifact: Artifact) -> str:
-        """Of all that the form depends on; empty: this format is not prepared here, or this model is too large."""
+    def _digest(self, format_name: str, artifact: Artifact, *, is_awaited: bool = False) -> str:
+        """Of all that the form depends on; empty: this format is not prepared here, or this model is too large (to be
+        read now, if somebody waits for it)."""
         preparer = PREPARERS.get(format_name)
         versions = _versions(preparer.packages) if preparer is not None else None
         if preparer is None or versions is None:
             return ""
         try:
-            if sum(path.stat().st_size for path in files_of(artifact.path)) > preparer.max_bytes:
+            size_bytes = sum(path.stat().st_size for path in files_of(artifact.path))
+            if size_bytes > preparer.max_bytes:
+                return ""
+            if is_awaited and size_bytes > preparer.read_bytes and not self._digests.knows(artifact.path):
                 return ""
             content = self._digests.of(artifact.path)
         except OSError as error:

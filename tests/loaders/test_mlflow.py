@@ -17,7 +17,8 @@ from sklearn.datasets import load_wine
 from sklearn.linear_model import LogisticRegression
 
 from loaders.base import Artifact, InferError, LoadedModel, LoaderError, ModelLost, Tensor, TensorSpec
-from loaders.mlflow import MlflowLoader
+from loaders.mlflow import MlflowLoader, inner
+from loaders.prepare.preparation import Outcome, Preparation
 
 LOADER = MlflowLoader()
 ALLOWED = frozenset(["mlflow"])
@@ -265,3 +266,22 @@ def test_boosters_as_mlflow_saves_them(tmp_path: Path, loaded: Any, flavor: str,
     answer = model.infer({"x": ROWS}, ["predict"])["predict"]
     np.testing.assert_allclose(answer, np.asarray(reference.predict(ROWS)), rtol=1e-5)
     assert model.waits == (flavor == "lightgbm" and kind == "classifier")  # which skops holds in part as a pickle
+
+
+def test_a_flavour_that_is_data_is_prepared_as_if_its_file_were_registered(saved: Path, tmp_path: Path) -> None:
+    preparation = Preparation(tmp_path / "prepared", None)
+    preparation.start()
+    try:
+        assert preparation.prepare("mlflow", Artifact(saved)) is Outcome.PREPARED
+        assert preparation.prepare("sklearn", Artifact(saved / "model.skops")) is Outcome.FOUND
+        prepared = preparation.find("mlflow", Artifact(saved))
+        assert prepared is not None
+        model = prepared.load()
+        expected = LOADER.load(Artifact(saved)).infer({"input-0": ROWS}, ["predict"])
+        np.testing.assert_array_equal(model.infer({"input-0": ROWS}, ["predict"])["predict"], expected["predict"])
+        model.unload()
+        prepared.close()
+        described(saved, SKLEARN, COLUMNS)  # whose columns come one by one as well
+        assert inner(Artifact(saved)) is None
+    finally:
+        preparation.close()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import select
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +264,17 @@ def test_digests_are_of_names_and_bytes(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_bytes(b"2")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert digests.of(tmp_path / "a") != a
+
+
+def test_a_large_model_of_unknown_content_is_not_read_while_somebody_waits(
+    preparation: Preparation, model: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = model()
+    assert preparation.prepare("synthetic", artifact) is Outcome.PREPARED
+    monkeypatch.setitem(PREPARERS, "synthetic", replace(TALKS, read_bytes=1))
+    other = Artifact(Path(shutil.copy(artifact.path, artifact.path.with_name("other"))))
+    assert preparation.find("synthetic", other) is None
+    assert preparation.prepare("synthetic", other) is Outcome.FOUND  # in the background
+    found = preparation.find("synthetic", other)
+    assert found is not None
+    found.close()
