@@ -10,6 +10,7 @@ from mesh import __version__
 from mesh.cli.bench import bench
 from mesh.cli.explain import explain
 from mesh.cli.manage import COMMANDS
+from mesh.cli.migrate import migrate
 from mesh.cli.serve import serve
 from mesh.cli.tenants import tenant
 from mesh.cli.up import up
@@ -21,7 +22,7 @@ def cli() -> None:
     """Serve many models from few pods. `densemesh serve --models DIR` is one pod, `densemesh up` a cluster."""
 
 
-for command in (serve, up, bench, *COMMANDS, explain, tenant):
+for command in (serve, up, bench, *COMMANDS, explain, tenant, migrate):
     cli.add_command(command)
 
 
