@@ -14,6 +14,7 @@ from mesh.registry.base import RegistryError
 from mesh.rpc import Call, Head
 from mesh.wire import peek_string
 from placement.records import ModelId, VModelRecord, model_key, vmodel_key
+from placement.sides import Sides
 from placement.view import ClusterView
 
 MAX_ID_BYTES: Final = 512
@@ -27,6 +28,7 @@ LATEST, PREVIOUS = "latest", "prev"
 """KServe's words for the target and the active model."""
 STICKY: Final = "densemesh-sticky"
 """Request header of clients: a key; requests with the same one go to the same side of a vmodel."""
+_STICKY: Final = frozenset((STICKY, f"{STICKY}-bin"))
 
 NAMING: Final = frozenset(
     f"{key}{suffix}" for key in ("mm-model-id", "mm-vmodel-id", "mm-required", TAG) for suffix in ("", "-bin")
@@ -44,12 +46,11 @@ class Directory:
         view: ClusterView,
         mirror: Mirror,
         clock: Callable[[], float],
-        choose: Callable[[VModelRecord, str | None], ModelId],
+        sides: Sides,
     ) -> None:
-        """`choose`: `placement.sides.Sides.choose`."""
         self._view = view
         self._mirror = mirror
-        self._choose = choose
+        self._sides = sides
         # A name asked for again and again must not become a read of the registry each time; the watch brings it anyway.
         self._misses: TTLCache[str, bool] = TTLCache(_MISSES, _MISS_TTL_S, clock)
 
@@ -90,9 +91,22 @@ class Directory:
         if tag:
             model_id = vmodel.target if tag == LATEST else vmodel.active
         else:
-            model_id = self._choose(vmodel, next(iter(call.texts(STICKY)), None))
-        call.side = vmodel.vmodel_id, "target" if model_id == vmodel.target else "active"
+            model_id = self._sides.choose(vmodel, next(iter(call.texts(STICKY)), None))
+        call.side = vmodel.vmodel_id, side_of(vmodel, model_id)
         return model_id
+
+    def draw(self, name: str, head: Head) -> tuple[ModelId, str] | None:
+        """For the next request for a vmodel in transition, without headers that name or tag it: the model, and which
+        side that is; None: it is not split, or goes by its key. `give_back` what is not used."""
+        vmodel = self._view.vmodels[name]
+        if not vmodel.canary_percent or not head.keys.isdisjoint(_STICKY):
+            return None
+        model_id = self._sides.choose(vmodel, None)
+        return model_id, side_of(vmodel, model_id)
+
+    def give_back(self, name: str, model_id: ModelId) -> None:
+        """What `draw` said was not used; the request is resolved anew."""
+        self._sides.give_back(name, model_id)
 
     def is_named(self, head: Call | Head) -> bool:
         """Whether headers have a say in which model is meant.
@@ -198,6 +212,10 @@ class Directory:
         if not found:
             self._misses[key] = True
         return found
+
+
+def side_of(vmodel: VModelRecord, model_id: ModelId) -> str:
+    return "target" if model_id == vmodel.target else "active"
 
 
 def _named(head: Call | Head) -> tuple[str, str, str]:

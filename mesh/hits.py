@@ -18,14 +18,15 @@ from loaders.base import Tensor
 from mesh.company import MOST_ROWS_EACH, Company, JointRun
 from mesh.directory import NAMING, Directory
 from mesh.driver import Driver, now_ms
-from mesh.errors import MODEL_FAILURES, MeshError
+from mesh.errors import MODEL_FAILURES, Code, MeshError, encoded
 from mesh.histogram import Histogram
 from mesh.in_line import Pace
 from mesh.plans import Plan, Tensors, answered, answered_together, split
 from mesh.resident import Resident
 from mesh.router import CREATED, HOP, MODEL, PRIORITY, Router, priority_of
 from mesh.rowwise import Kind
-from mesh.rpc import HOLDER, Call, Caller, Head
+from mesh.rpc import HOLDER, SERVED, Call, Caller, Head
+from mesh.split import Split
 from placement.cache import Copy
 from placement.lifecycle import CopyState
 from placement.records import ModelId
@@ -50,9 +51,17 @@ _Waiting = tuple[Caller, Any, bytes, bytes, Tensors, float, float]
 class _Group:
     """Requests that differ in nothing but their ids and tensors."""
 
-    __slots__ = ("copy", "pace", "plan", "resident", "served", "size_bytes", "waiting")
+    __slots__ = ("cell", "copy", "drawn", "headers", "pace", "plan", "resident", "served", "size_bytes", "waiting")
 
-    def __init__(self, copy: Copy, resident: Resident, plan: Plan, pace: Pace, size_bytes: int) -> None:
+    def __init__(
+        self,
+        copy: Copy,
+        resident: Resident,
+        plan: Plan,
+        pace: Pace,
+        size_bytes: int,
+        headers: tuple[tuple[str, str], ...],
+    ) -> None:
         self.copy = copy
         self.resident = resident
         self.plan = plan
@@ -62,6 +71,12 @@ class _Group:
         self.waiting: list[_Waiting] = []
         self.served = 0
         """Of those waiting, from the first on."""
+        self.headers = headers
+        """Of the answers."""
+        self.drawn = ""
+        """The vmodel whose requests are split, if it is one side of one ..."""
+        self.cell: Histogram | None = None
+        """... and where that side's latencies go."""
 
     def first(self) -> dict[str, Tensor]:
         """The inputs of the first that waits."""
@@ -71,8 +86,8 @@ class _Group:
 class Hits:
     """Takes ModelInfer calls from front ends: `take` is a `mesh.rpc.Quick`."""
 
-    def __init__(self, driver: Driver, router: Router, directory: Directory, ok: Histogram) -> None:
-        """`ok` is where latencies go."""
+    def __init__(self, driver: Driver, router: Router, directory: Directory, ok: Histogram, sides: Split) -> None:
+        """`ok` is where latencies go, `sides` where those of vmodels with a canary go too."""
         self._driver = driver
         self._engine = driver.engine
         self._in_line = driver.in_line
@@ -80,6 +95,8 @@ class Hits:
         self._router = router
         self._directory = directory
         self._ok = ok
+        self._sides = sides
+        self._in_transition = driver.engine.view.in_transition
         self._loop = asyncio.get_running_loop()
         self._groups: dict[tuple[bytes, Any], _Group] = {}
         """What came in this turn of the loop."""
@@ -94,19 +111,38 @@ class Hits:
         naming = head.memo.get(_MEMO)
         if naming is None:
             naming = head.memo[_MEMO] = tuple([pair for pair in head.metadata if pair[0] in _MATTER])
+        drawn = None
+        if not naming and name in self._in_transition:
+            drawn = self._directory.draw(name, head)
+            if drawn is not None:
+                naming = drawn  # one group for each side
         group = self._groups.get((key, naming))
         if group is None:
-            model_id = self._directory.known_name(name) if not naming else self._named(head, message)
-            group = self._group(model_id, key, tensors, len(message))
+            if drawn is not None:
+                group = self._group(drawn[0], key, tensors, len(message))
+                self._is_side(group, name, *drawn)
+            else:
+                model_id = self._directory.known_name(name) if not naming else self._named(head, message)
+                group = self._group(model_id, key, tensors, len(message))
             if group is None:
                 return False
             if not self._groups:
                 self._loop.call_soon(self._turn)
             self._groups[key, naming] = group
         elif not group.plan.fits(tensors):
+            if drawn is not None:
+                self._directory.give_back(name, drawn[0])
             return False
         group.waiting.append((caller, call, message, id_field, tensors, deadline, time.perf_counter()))
         return True
+
+    def _is_side(self, group: _Group | None, vmodel_id: str, model_id: ModelId, side: str) -> None:
+        if group is None:
+            self._directory.give_back(vmodel_id, model_id)
+            return
+        group.drawn = vmodel_id
+        group.headers = (*self._headers, (SERVED, encoded(model_id)))
+        group.cell = self._sides.cell(vmodel_id, side, Code.OK)
 
     def _named(self, head: Head, message: bytes) -> ModelId | None:
         """The model that is meant where headers have a say in it; None: not to be told at once."""
@@ -131,7 +167,7 @@ class Hits:
         if not pace.in_line:
             return None
         self._driver.pin(copy)
-        return _Group(copy, resident, plan, pace, size_bytes)
+        return _Group(copy, resident, plan, pace, size_bytes, self._headers)
 
     def _turn(self) -> None:
         """All that came was read: serve it."""
@@ -151,6 +187,8 @@ class Hits:
             except Exception:
                 log.exception("requests are left to their handler")
             for caller, call, message, *_ in group.waiting[group.served :]:
+                if group.drawn:
+                    self._directory.give_back(group.drawn, group.copy.model.model_id)
                 caller.give_back(call, message)
             self._driver.unpin(group.copy)
         for caller in callers:
@@ -228,9 +266,11 @@ class Hits:
     ) -> None:
         ended_s = time.perf_counter()
         for (caller, call, _, _, _, _, since_s), response in zip(chunk, responses, strict=True):
-            caller.settle(call, self._headers, response)
+            caller.settle(call, group.headers, response)
             callers[caller] = None
             self._ok.observe(ended_s - since_s)
+            if group.cell is not None:
+                group.cell.observe(ended_s - since_s)
         group.served += len(chunk)
 
     def _most(self, group: _Group) -> int:

@@ -241,7 +241,7 @@ class Pod:
             tasks.create_task(client.forget(address))
 
         mirror = Mirror(registry, engine.view, on_models_changed=driver.models_changed, on_pod_gone=forget)
-        directory = Directory(engine.view, mirror, asyncio.get_running_loop().time, engine.sides.choose)
+        directory = Directory(engine.view, mirror, asyncio.get_running_loop().time, engine.sides)
         split = Split(engine.view)
         router = Router(driver, client, directory)
         residency = Residency(driver, router, client, tasks)
@@ -261,7 +261,7 @@ class Pod:
             driver.batcher.joint,
             memory,
         )
-        hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK))
+        hits = Hits(driver, router, directory, observed.cell("ModelInfer", Code.OK), split)
         handlers = observed.timed(
             Inference(driver, router, directory, residency, self.serving.is_set, split).handlers()
             | management.handlers()

@@ -45,22 +45,25 @@ class Split:
             code = error.code
             raise
         finally:
-            self._observe(vmodel_id, side, code, time.perf_counter() - started_s)
+            cell = self.cell(vmodel_id, side, code)
+            if cell is not None:
+                cell.observe(time.perf_counter() - started_s)
 
-    def _observe(self, vmodel_id: str, side: str, code: Code, elapsed_s: float) -> None:
+    def cell(self, vmodel_id: str, side: str, code: Code) -> Histogram | None:
+        """Where a request's time goes; None: nowhere."""
         target = self._target(vmodel_id)
         known = self._cells.get(vmodel_id)
         if target is None:
-            return  # it has ended meanwhile
+            return None  # it has ended meanwhile
         if known is None or known[0] != target:
             self._cells = {name: cells for name, cells in self._cells.items() if self._target(name) == cells[0]}
             if len(self._cells) >= _MOST:
-                return
+                return None
             known = self._cells[vmodel_id] = target, {}
         cell = known[1].get((side, code))
         if cell is None:
             cell = known[1][side, code] = Histogram(_BUCKETS_S)
-        cell.observe(elapsed_s)
+        return cell
 
     def _target(self, vmodel_id: str) -> ModelId | None:
         """The target of a vmodel whose requests are split."""

@@ -29,6 +29,8 @@ class Sides:
         self._is_loaded = is_loaded
         self._turns: dict[str, int] = {}
         """By vmodel, where in [0, 2^64) its last request without a key was."""
+        self._returned: dict[str, list[ModelId]] = {}
+        """Turns that were taken and not used; they come next, so that shares stay right."""
 
     def choose(self, vmodel: VModelRecord, key: str | None) -> ModelId:
         """The model that the next request for the vmodel goes to."""
@@ -36,14 +38,21 @@ class Sides:
             return vmodel.active
         if key is not None:
             place = _hash(vmodel.vmodel_id, vmodel.target, key)
+        elif returned := self._returned.get(vmodel.vmodel_id):
+            return vmodel.target if returned.pop() == vmodel.target else vmodel.active
         else:
             place = self._turns.get(vmodel.vmodel_id, self._first) + _GOLDEN & (1 << _BITS) - 1
             self._turns[vmodel.vmodel_id] = place
         return vmodel.target if 100 * place < vmodel.canary_percent << _BITS else vmodel.active
 
+    def give_back(self, vmodel_id: str, model_id: ModelId) -> None:
+        """The request that was to go there asks anew."""
+        self._returned.setdefault(vmodel_id, []).append(model_id)
+
     def forget(self, but: Container[str]) -> None:
         """Drop what is known of vmodels other than these."""
         self._turns = {vmodel_id: turn for vmodel_id, turn in self._turns.items() if vmodel_id in but}
+        self._returned.clear()
 
 
 def _hash(*parts: str) -> int:

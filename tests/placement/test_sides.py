@@ -80,3 +80,21 @@ def test_turns_are_forgotten_with_the_canary() -> None:
     assert [chosen.choose(of(50), None) for _ in range(7)] != first
     chosen.forget(but=())
     assert [chosen.choose(of(50), None) for _ in range(7)] == first
+
+
+def test_a_turn_that_was_not_used_comes_next() -> None:
+    """Else requests that are looked at twice would shift the shares: here, every one for the target."""
+    chosen, got = sides(), Counter[str]()
+    for _ in range(1_000):
+        model_id = chosen.choose(of(50), None)
+        if model_id == "new":
+            chosen.give_back("v", model_id)
+            model_id = chosen.choose(of(50), None)
+        got[model_id] += 1
+    assert abs(got["new"] - 500) <= 3
+
+
+def test_a_turn_of_a_target_that_went_is_the_active_models() -> None:
+    chosen = sides()
+    chosen.give_back("v", "new")
+    assert chosen.choose(replace(of(50), target="newer"), None) == "old"
