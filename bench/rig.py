@@ -186,10 +186,10 @@ class Mesh:
         return await run_load(Load(pod.address, INFER, messages, *shape, server_pids=pids, **options))
 
 
-def infer_message(model_id: str) -> bytes:
-    """A V2 request with one row of WIDTH FP32 numbers."""
-    row = np.linspace(0, 1, WIDTH, dtype="<f4")
-    given = inference_pb2.ModelInferRequest.InferInputTensor(name="input", datatype="FP32", shape=[1, WIDTH])
+def infer_message(model_id: str, width: int = WIDTH) -> bytes:
+    """A V2 request with one row of FP32 numbers."""
+    row = np.linspace(0, 1, width, dtype="<f4")
+    given = inference_pb2.ModelInferRequest.InferInputTensor(name="input", datatype="FP32", shape=[1, width])
     request = inference_pb2.ModelInferRequest(model_name=model_id, inputs=[given], raw_input_contents=[row.tobytes()])
     return request.SerializeToString()
 

@@ -24,7 +24,7 @@ class Resident:
     """A loaded model, what was registered with it, and what its requests have taught."""
 
     __slots__ = (
-        *("company", "fetched", "files", "form", "forward", "model", "plans"),
+        *("alone", "company", "fetched", "files", "form", "forward", "model", "plans"),
         *("settings", "size_bytes", "together", "tried", "workers"),
     )
 
@@ -55,6 +55,8 @@ class Resident:
         """Has a server answer requests as they come; None: the model is run (`mesh.batcher`)."""
         self.company: Company | None = None
         """Of models that it may be run with in one call."""
+        self.alone: tuple[int, float] | None = None
+        """Bytes of inputs, and the processor time of a run on them; only of models with a family, which never wait."""
         self.workers: Workers | None = None
         """Threads of its own, if it waits for another process: one that hangs takes none of the others'."""
 

@@ -11,7 +11,7 @@ import torch
 from loaders.base import InferError, NoMemory, Tensor
 from loaders.memory.layout import Layout
 from loaders.sharing import InUse
-from loaders.skeletons.base import Skeleton
+from loaders.skeletons.base import Skeleton, Views
 from loaders.skeletons.rows import Row, Rows
 from loaders.torch_tensors import no_memory, reason, to_numpy, to_torch
 
@@ -20,6 +20,7 @@ class Placed(Protocol):
     """A model that may have a row."""
 
     row: Row | None
+    weights: Views
 
 
 class Family:
@@ -49,6 +50,12 @@ class Family:
         try:
             with torch.inference_mode():
                 for part in self.rows.parts(rows):
+                    if part.size == 1:  # nobody is near it
+                        ((n, _),) = part.places
+                        given = {name: to_torch(tensor) for name, tensor in requests[n].items()}
+                        alone = self.skeleton.run(models[n].weights, given)
+                        results[n] = {name: to_numpy(alone[name]) for name in outputs}
+                        continue
                     most = max(sizes[n] for n, _ in part.places)
                     inputs = {
                         name: to_torch(_together(name, tensor, requests, part.places, part.size, most))

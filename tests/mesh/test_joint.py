@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loaders.base import InferError, Signature, Tensor, TensorSpec
+from mesh import batcher
 from mesh.batcher import Batcher
 from mesh.company import MOST_ROWS_EACH, Company
 from mesh.errors import InvalidRequest
@@ -133,6 +134,7 @@ class Bench:
 @pytest.fixture
 async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     monkeypatch.setattr(Pace, "measured", lambda pace, elapsed_s: setattr(pace, "typical_s", 1.0))  # always in threads
+    monkeypatch.setattr(batcher, "_enter", lambda *_: None)
     Tenant.gate.clear()
     made = Bench(5)
     async with asyncio.timeout(TIMEOUT_S):
@@ -229,6 +231,18 @@ async def test_who_asks_to_be_run_one_by_one_has_no_company(bench: Bench) -> Non
     alone = Resident(Tenant(9, bench.family), ModelSettings(one_by_one=True))
     bench.batcher.meet(alone)
     assert alone.company is None
+
+
+def test_a_member_that_was_fast_when_it_was_tried_enters_the_loop() -> None:
+    """Its first request like that one needs no thread, unless it was found slow a moment ago; a larger one does."""
+    for size_bytes, fast_s, enters in ((900, 20e-6, True), (90_000, 20e-6, False), (900, 200e-6, False)):
+        pace = Pace()
+        batcher._enter(pace, size_bytes, 256, fast_s)
+        assert pace.in_line == enters
+    slow = Pace()
+    slow.measured(0.01)
+    batcher._enter(slow, 900, 256, 20e-6)
+    assert not slow.in_line
 
 
 def test_joint_runs_that_are_slower_stop_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
