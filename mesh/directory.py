@@ -41,13 +41,7 @@ _MODEL, _VMODEL = "mm-model-id", "mm-vmodel-id"
 class Directory:
     """Names to registered models."""
 
-    def __init__(
-        self,
-        view: ClusterView,
-        mirror: Mirror,
-        clock: Callable[[], float],
-        sides: Sides,
-    ) -> None:
+    def __init__(self, view: ClusterView, mirror: Mirror, clock: Callable[[], float], sides: Sides) -> None:
         self._view = view
         self._mirror = mirror
         self._sides = sides

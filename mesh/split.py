@@ -1,7 +1,7 @@
 """What became of the requests on either side of a vmodel, for as long as they are split: canary and active, compared.
 
-Counted on the pods that clients ask, where the side is chosen. A vmodel's counts go with its
-canary, and `_MOST` vmodels are told at a time, so that there are never many labels.
+Counted on the pods that clients ask, where the side is chosen. A vmodel's counts go with its canary, and `_MOST`
+vmodels are told at a time, so that there are never many labels.
 """
 
 from __future__ import annotations

@@ -305,6 +305,26 @@ async def test_when_the_canarys_pod_dies_the_active_model_answers(three: Mesh, l
     assert {await served(client) for client in left for _ in range(6)} == {"old", "new"}
 
 
+async def test_the_next_leader_ends_what_the_last_one_began(three: Mesh, loads: Loads) -> None:
+    gate = loads.hold("new")
+    clients = three.clients
+    await set_v(clients["b"], "old", loadNow=True, sync=True)
+    await three.seen_by_all("old", three.holders("old")[0])
+    leader = min(three.pods, key=lambda pod_id: three.pods["c"].engine.view.pods[pod_id].created)
+    others = [pod_id for pod_id in three.pods if pod_id != leader]
+    await set_v(clients[others[0]], "new", 50)
+    await seen(three, 50)
+    await three.crash(leader)
+    for session in three.registries[leader].sessions:
+        three.store.expire(session)
+    gate.set()
+    told = await set_v(clients[others[1]], "new", 50, loadNow=True, sync=True)
+    assert (told.status, told.canary_percent) == (VStatus.TRANSITIONING, 50)
+    told = await set_v(clients[others[1]], "new", sync=True)
+    assert (told.status, told.activeModelId) == (VStatus.DEFINED, "new")
+    await moved(three, "new")
+
+
 async def test_many_who_change_it_at_once_leave_one_state_and_right_counts(three: Mesh) -> None:
     await started(three, 10)
 
@@ -379,7 +399,7 @@ async def test_the_target_has_as_many_copies_as_the_active_model_before_it_takes
 async def test_requests_of_both_sides_are_told_while_there_is_a_canary(one: Mesh) -> None:
     await started(one, 50)
     a = one.clients["a"]
-    await share([a], 100)
+    assert await share([a], 100) == 50
     await a.refusal("ModelInfer", v2.ModelInferRequest(model_name="v"), metadata=TO_NEW)
     told = await scrape(one, "a")
     name = "densemesh_vmodel_request_seconds_count"
@@ -387,23 +407,3 @@ async def test_requests_of_both_sides_are_told_while_there_is_a_canary(one: Mesh
     assert told[name, "INVALID_ARGUMENT,target,v"] == 1
     await set_v(a, "old")
     assert not any(key[0] == name for key in await scrape(one, "a"))
-
-
-async def test_the_next_leader_ends_what_the_last_one_began(three: Mesh, loads: Loads) -> None:
-    gate = loads.hold("new")
-    clients = three.clients
-    await set_v(clients["b"], "old", loadNow=True, sync=True)
-    await three.seen_by_all("old", three.holders("old")[0])
-    leader = min(three.pods, key=lambda pod_id: three.pods["c"].engine.view.pods[pod_id].created)
-    others = [pod_id for pod_id in three.pods if pod_id != leader]
-    await set_v(clients[others[0]], "new", 50)
-    await seen(three, 50)
-    await three.crash(leader)
-    for session in three.registries[leader].sessions:
-        three.store.expire(session)
-    gate.set()
-    told = await set_v(clients[others[1]], "new", 50, loadNow=True, sync=True)
-    assert (told.status, told.canary_percent) == (VStatus.TRANSITIONING, 50)
-    told = await set_v(clients[others[1]], "new", sync=True)
-    assert (told.status, told.activeModelId) == (VStatus.DEFINED, "new")
-    await moved(three, "new")
