@@ -21,6 +21,7 @@ from loaders.base import Artifact, LoadedModel, Loader, LoaderError
 from loaders.memory.process import private_bytes
 from loaders.memory.store import Store
 from loaders.memory.tiered import TieredLoader, TieredModel, load_tiered
+from loaders.memory.weights_index import CorruptWeights
 from loaders.prepare import Damaged
 from loaders.prepare.preparation import Outcome, Preparation, Prepared
 from loaders.storage.source import SHA256, Fetched, Held, Storage, holding
@@ -111,9 +112,12 @@ class Models:
                 return told_bytes
             return self.sizes.expect(model.model_id, format_of(model), artifact, told_bytes)
 
-    def load(self, model: ModelRecord, fetched: Fetched | None = None, *, keep_in_host: bool = False) -> Resident:
+    def load(
+        self, model: ModelRecord, fetched: Fetched | None = None, *, keep_in_host: bool = False, again: bool = True
+    ) -> Resident:
         """The model in memory, warm if its settings ask for that. `fetched`: files that are here from before;
-        `keep_in_host`: leave its weights in host memory too, if they can be apart from it.
+        `keep_in_host`: leave its weights in host memory too, if they can be apart from it; `again`: files in the cache
+        that turn out damaged are fetched once more.
 
         Raises:
             LoaderError: see `estimate_bytes`; a file beside it does not declare what it should; it fails to warm up.
@@ -140,6 +144,13 @@ class Models:
                 files.close()
             size_bytes = self.sizes.settle(model.model_id, form or format_of(model), loaded.size_bytes)
             return Resident(loaded, settings, files, form, size_bytes, held.fetched)
+        except CorruptWeights as error:
+            files.close()
+            if held.fetched is None or not again:
+                raise
+            log.warning("model %s is fetched again: %s", model.model_id, error)
+            self.storage.release(held.fetched)
+            return self.load(model, keep_in_host=keep_in_host, again=False)
         except BaseException:
             files.close()
             raise

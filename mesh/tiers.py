@@ -1,7 +1,8 @@
 """The tiers below the engine's books: what a load reads and leaves, where what is given up goes. All of it blocks.
 
 *Disk* is the cache of fetched models. What the engine holds there is a claim on an entry, which is checked: the cache
-is its node's, so another pod's fetch may have taken its room (`gone`). Models in the pod's own file system have none.
+is its node's, so another pod's fetch may have taken its room (`gone`). The cache counts its files itself; the engine's
+books have no more for them than it has promised, which goes by memory. Models in the pod's own file system have none.
 
 *Host* is the slab of a `Store`, for models whose weights can lie anywhere (`loaders.memory.tiered`). A model that is
 held there stays as it is but for its bytes on the device: bringing it back is one copy, and nothing is made again.
@@ -56,11 +57,10 @@ class Tiers:
             self._in_host[model_id] = resident, resident.model
             kept[Tier.HOST] = resident.model.size_bytes
         if resident.fetched is not None:
-            if action.source is Tier.DISK:
-                self._on_disk[model_id] = resident.fetched  # the store may have had a new version
-            elif resident.fetched.size_bytes <= action.keep.get(Tier.DISK, 0):
+            if Tier.DISK in action.keep:
+                kept[Tier.DISK] = min(resident.fetched.size_bytes, action.keep[Tier.DISK])
+            if Tier.DISK in kept or action.source is Tier.DISK:  # whose store may have had a new version
                 self._on_disk[model_id] = resident.fetched
-                kept[Tier.DISK] = resident.fetched.size_bytes
         return resident, kept
 
     def unload(self, model_id: ModelId, resident: Resident, keep: Tier | None) -> bool:

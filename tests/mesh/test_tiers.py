@@ -10,12 +10,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
 from loaders import LOADERS, Format
 from loaders.base import Tensor
-from loaders.memory.fake import FakeDevice
+from loaders.memory.fake import FakeDevice, Fault
 from loaders.storage.cache import Cache
 from mesh.pod import Pod
 from placement.holdings import HoldState
@@ -27,7 +29,7 @@ from tests.loaders.object_server import ObjectServer, serving
 from tests.loaders.weights_made import made, tensor
 from tests.mesh.pods import Loads, Mesh, running, until
 from tests.mesh.test_metrics import scrape
-from tests.mesh.test_storage import register, settings
+from tests.mesh.test_storage import Status, register, settings
 
 KIB = 1 << 10
 ONE = 256 * KIB
@@ -274,3 +276,159 @@ async def test_models_go_through_host_and_device_and_answer_the_same(dense: Weig
         for name in names:
             await mesh.unregister(name)
         await until(lambda: agree(pod) and not pod.engine.cache.resident_bytes)
+
+
+# What goes wrong (issue 6, "Bad input gets"): one clear status each, and others are served on
+
+
+async def refusal(dense: Weights, mesh: Mesh, model_id: str) -> tuple[str, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await dense.infer(mesh, model_id)
+    return caught.value.code().name, caught.value.details() or ""
+
+
+@pytest.mark.parametrize("mode", ["exclusive", "inclusive"])
+async def test_a_host_without_room_for_a_model_costs_a_copy_and_no_request(dense: Weights, mode: str) -> None:
+    async with with_device(dense, host_memory=f"{ONE // 2}B", host_mode=mode) as mesh:
+        await dense.register(mesh, "m0", "m1", "m2")
+        for name in ("m0", "m1", "m2", "m0"):
+            assert await dense.infer(mesh, name) == "a"
+        assert not held(mesh, "m1", Tier.HOST)
+
+
+async def test_an_arena_that_is_all_in_use_is_told(dense: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end = threading.Semaphore(0), threading.Event()
+
+    def wait() -> None:
+        begun.release()
+        assert may_end.wait(30)
+
+    async with with_device(dense, models=1) as mesh:
+        await dense.register(mesh, "busy")
+        await dense.register(mesh, "m", load=False)
+        limits = mesh.pods["a"].engine.limits
+        object.__setattr__(limits, "queue_patience_ms", 0)
+        monkeypatch.setattr(Dense, "on_run", staticmethod(wait))
+        running_request = asyncio.create_task(dense.infer(mesh, "busy"))
+        await asyncio.to_thread(begun.acquire)
+        code, says = await refusal(dense, mesh, "m")
+        assert (code, f"no room for {ONE} bytes" in says) == ("RESOURCE_EXHAUSTED", True)
+        may_end.set()
+        assert await running_request == "a"
+
+
+async def test_where_the_arena_has_less_than_the_books_say_others_go_and_it_is_tried_again(dense: Weights) -> None:
+    async with with_device(dense, models=3) as mesh:
+        store = mesh.pods["a"].store
+        assert store is not None
+        store.load("foreign", made([tensor(1)]))
+        await dense.register(mesh, "m0", "m1")
+        assert (await dense.register(mesh, "m2")).status == Status.LOADED
+        assert sorted(name for name in ("m0", "m1", "m2") if mesh.holders(name)) == ["m1", "m2"]
+        assert mesh.pods["a"].engine.stats.evictions == 1
+        store.drop("foreign", store.device)
+
+
+async def test_a_model_larger_than_the_device_is_refused_for_good(dense: Weights) -> None:
+    async with with_device(dense) as mesh:
+        status = await dense.register(mesh, "large", columns=4096)
+        assert status.status == Status.LOADING_FAILED
+        assert f"needs {4 * ONE} bytes; this pod holds {2 * ONE} bytes" in status.errors[0]
+        assert (await dense.register(mesh, "m")).status == Status.LOADED
+
+
+async def test_a_copy_that_fails_is_this_models_failure_and_may_pass(dense: Weights) -> None:
+    async with with_device(dense) as mesh:
+        object.__setattr__(mesh.pods["a"].engine.limits, "retryable_expiry_ms", 100)
+        await dense.register(mesh, "m")
+        await dense.register(mesh, "n", load=False)
+        device_of(mesh).faults.append(Fault.FAILS)
+        code, says = await refusal(dense, mesh, "n")
+        assert (code, "the copy failed" in says) == ("UNAVAILABLE", True)
+        assert await dense.infer(mesh, "m") == "a"
+        await until(lambda: "n" not in mesh.pods["a"].engine.cache.copies)
+        assert await dense.infer(mesh, "n") == "a"
+
+
+async def test_a_lost_device_is_fenced_its_models_go_elsewhere_and_the_pod_serves_the_rest(dense: Weights) -> None:
+    async with with_device(dense, "ab", models=4, host_memory=f"{2 * ONE}B") as mesh:
+        await mesh.register("plain", load=True, size_bytes=1000)
+        await dense.register(mesh, "m0", "m1", "m2", load=False)
+        lost = mesh.holders("plain")[0]
+        other = "b" if lost == "a" else "a"
+        store = mesh.pods[lost].store
+        assert store is not None
+        for name in ("m0", "m1"):
+            asked = mm.EnsureLoadedRequest(modelId=name, sync=True)
+            told = (("densemesh-hop", "load"), ("densemesh-model", name))
+            await mesh.clients[lost].call("ensureLoaded", asked, metadata=told)
+        device_of(mesh, lost).lost = True
+        store.lost = "the device is gone"
+        await until(lambda: not any(lost in mesh.holders(name) for name in ("m0", "m1", "m2")))
+        for name in ("m0", "m1", "m2"):
+            assert await dense.infer(mesh, name, lost) == other
+        assert lost in mesh.holders("plain")
+        assert await mesh.infer("plain", lost) == lost
+        state = await mesh.clients[lost].call("GetMemory", mm.GetMemoryRequest())
+        assert state.device_lost == "the device is gone"
+        assert (await scrape(mesh, lost))["densemesh_memory_device_lost", ""] == 1
+        await mesh.unregister("plain")
+
+
+async def test_a_damaged_file_in_the_cache_is_fetched_again(dense: Weights, tmp_path: Path) -> None:
+    w = write_dense(tmp_path / "model.weights", 1)
+    with serving() as server:
+        server.objects["m/model.weights"] = (tmp_path / "model.weights").read_bytes()
+        told: dict[str, Any] = {**settings(tmp_path, server)}
+        async with with_device(dense, **told) as mesh:
+            assert (await register(mesh, "m", "dense", "m")).status == Status.LOADED
+            dense.of["m"] = w
+            assert await dense.infer(mesh, "m") == "a"
+            await give_up(mesh, "m")
+            (cached,) = (tmp_path / "cache").glob("*/files/model.weights")
+            data = bytearray(cached.read_bytes())
+            data[5000] ^= 1
+            cached.write_bytes(data)
+            assert await dense.infer(mesh, "m") == "a"
+            assert server.gets("m/model.weights") == 2
+            assert held(mesh, "m", Tier.DISK)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_memory_that_runs_out_in_a_load(dense: Weights, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    async with with_device(dense) as mesh:
+        await dense.register(mesh, "m0", "m1")
+        store = mesh.pods["a"].store
+        assert store is not None
+        left, load = [None] * times, store.load
+
+        def out_of_memory(*arguments: Any) -> None:
+            if left:
+                left.pop()
+                raise MemoryError
+            load(*arguments)
+
+        monkeypatch.setattr(store, "load", out_of_memory)
+        await mesh.unregister("m0")
+        status = await dense.register(mesh, "m2")
+        if times == 1:
+            assert status.status == Status.LOADED
+        else:
+            assert status.status == Status.LOADING_FAILED
+            assert "out of memory" in status.errors[0]
+        assert not mesh.holders("m1"), "it went for it"
+        assert not left
+
+
+async def test_memory_that_runs_out_in_a_run(dense: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    async with with_device(dense) as mesh:
+        await dense.register(mesh, "m0", "m1")
+        monkeypatch.setattr(Dense, "on_run", staticmethod(out_of_memory))
+        code, says = await refusal(dense, mesh, "m1")
+        assert (code, "memory ran out in the run" in says) == ("RESOURCE_EXHAUSTED", True)
+        await until(lambda: not mesh.holders("m0"))
+        monkeypatch.setattr(Dense, "on_run", staticmethod(lambda: None))
+        assert await dense.infer(mesh, "m1") == "a"
