@@ -18,6 +18,7 @@ from loaders.memory.store import Store
 from loaders.memory.tiered import TieredModel
 from mesh import __version__
 from mesh.batcher import Batcher
+from mesh.crashes import Crashes
 from mesh.errors import ModelNotFound
 from mesh.fetches import Fetches
 from mesh.in_line import InLine
@@ -99,6 +100,7 @@ class Driver:
         self.tiers = Tiers(models, store)
         self._loaded: dict[ModelId, Resident] = {}
         self._waiters: dict[ModelId, asyncio.Future[None]] = {}
+        self._crashes = Crashes()
         self._closed = self._fenced = False
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, with the bug, when an impossible state was found."""
@@ -171,6 +173,7 @@ class Driver:
         model_id = copy.model.model_id
         if copy.state is CopyState.LOADED:
             log.warning("copy %s was lost, and is given up", model_id)
+            self._crashes.add(model_id)
             self.step(CopyUnwanted(model_id))
 
     def short(self, copy: Copy) -> None:
@@ -197,6 +200,7 @@ class Driver:
     def models_changed(self, model_ids: Iterable[ModelId]) -> None:
         """Registrations vanished or changed: their copies are of no use."""
         for model_id in model_ids:
+            self._crashes.forget(model_id)
             self.step(CopyUnwanted(model_id))
 
     async def tick(self) -> None:
@@ -317,6 +321,9 @@ class Driver:
             self._tasks.create_task(once())
 
     async def _estimate(self, model: ModelRecord) -> None:
+        if reason := self._crashes.reason(model.model_id):
+            self._failed(LoadFailed(model.model_id, reason, False))
+            return
         if not is_fetched(model):
             await self._attempt(model, self._housekeeping, self._models.estimate_bytes, SizeEstimated)
             return
@@ -407,9 +414,12 @@ class Driver:
         else:
             self.step(event(model.model_id, result))
             return True
-        log.warning("copy %s FAILED: %s", model.model_id, failed.error)
-        self.step(failed)
+        self._failed(failed)
         return True
+
+    def _failed(self, failed: LoadFailed) -> None:
+        log.warning("copy %s FAILED: %s", failed.model_id, failed.error)
+        self.step(failed)
 
     async def _unload(self, model_id: ModelId, keep: Tier | None) -> None:
         if self._closed:

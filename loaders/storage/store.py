@@ -282,7 +282,7 @@ def _client(settings: Mapping[str, Any], url: str) -> ClientConfig:
 def _retry() -> RetryConfig:
     return {
         "max_retries": RETRIES,
-        "retry_timeout": timedelta(seconds=3 * STALL_S),
+        "retry_timeout": timedelta(seconds=STALL_S),  # who stalls is asked again by us, who may be stopping
         "backoff": {
             "init_backoff": timedelta(milliseconds=100),
             "max_backoff": timedelta(seconds=5),

@@ -63,6 +63,19 @@ async def test_a_request_that_may_have_ended_the_model_fails_and_the_next_one_ha
     assert loads.count("m") == 2
 
 
+async def test_a_model_that_is_lost_again_and_again_is_not_loaded_each_time(
+    mesh: Mesh, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mesh.register("m", load=True)
+    (holder,) = mesh.holders("m")
+    lose(monkeypatch, began=True, times=100)
+    client = mesh.clients[holder]
+    said = [(await client.refusal("ModelInfer", request_for("m")))[1] for _ in range(20)]
+    assert said[0] == "it was killed"
+    assert "it was lost 3 times within 60 s" in said[-1]  # on each pod, each of which has tried
+    assert loads.count("m") <= 6
+
+
 async def test_a_model_that_hangs_takes_no_threads_of_others(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     await mesh.register("m", load=True)
     await mesh.register("hung", load=True, infer_ms=1)
