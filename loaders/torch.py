@@ -61,6 +61,10 @@ class TorchLoader:
         parameters(artifact, "torch")
         is_exported = artifact.path.suffix == ".pt2"
         with reading(artifact.path, "a PyTorch archive"), zipfile.ZipFile(artifact.path) as archive:
+            if any("/aotinductor/" in each.filename for each in archive.infolist()):
+                raise LoaderError(
+                    f"{artifact.path.name} holds native code of AOTInductor: expected what torch.export saves"
+                )
             stored = sum(each.file_size for each in archive.infolist() if not each.filename.endswith(".json"))
             nodes = 0 if is_exported else _script_nodes(archive)
         return stored + (_EXPORTED_BYTES if is_exported else _SCRIPT_BYTES + _SCRIPT_NODE_BYTES * nodes)

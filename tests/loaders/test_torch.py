@@ -274,3 +274,13 @@ def test_sizes_are_the_weights_and_unloading_frees_them(tmp_path: Path, extensio
     for model in models:
         model.unload()
     assert held - malloc_bytes() > 3.8 * weights  # without waiting for the garbage collector
+
+
+def test_native_code_is_refused(tmp_path: Path) -> None:
+    """As `torch._inductor.aoti_compile_and_package` lays it out: what is allowed for `.pt2` is not meant for it."""
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data/aotinductor/model/c.wrapper.so", b"ELF")
+    for refuse in (LOADER.estimate_bytes, LOADER.load):
+        with pytest.raises(LoaderError, match=r"native code of AOTInductor: expected what torch.export saves"):
+            refuse(Artifact(path))
