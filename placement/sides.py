@@ -34,12 +34,14 @@ class Sides:
 
     def choose(self, vmodel: VModelRecord, key: str | None) -> ModelId:
         """The model that the next request for the vmodel goes to."""
+        returned = self._returned.get(vmodel.vmodel_id) if key is None else None
+        again = returned.pop() if returned else None
         if not vmodel.canary_percent or not self._is_loaded(vmodel.target):
             return vmodel.active
+        if again is not None:
+            return vmodel.target if again == vmodel.target else vmodel.active
         if key is not None:
             place = _hash(vmodel.vmodel_id, vmodel.target, key)
-        elif returned := self._returned.get(vmodel.vmodel_id):
-            return vmodel.target if returned.pop() == vmodel.target else vmodel.active
         else:
             place = self._turns.get(vmodel.vmodel_id, self._first) + _GOLDEN & (1 << _BITS) - 1
             self._turns[vmodel.vmodel_id] = place

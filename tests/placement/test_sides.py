@@ -98,3 +98,13 @@ def test_a_turn_of_a_target_that_went_is_the_active_models() -> None:
     chosen = sides()
     chosen.give_back("v", "new")
     assert chosen.choose(replace(of(50), target="newer"), None) == "old"
+
+
+def test_requests_from_before_the_target_is_loaded_do_not_count_afterwards() -> None:
+    loaded = False
+    chosen = Sides("p1", lambda _: loaded)
+    for _ in range(10):
+        chosen.give_back("v", chosen.choose(of(90), None))
+        assert chosen.choose(of(90), None) == "old"
+    loaded = True
+    assert [chosen.choose(of(90), None) for _ in range(10)].count("new") >= 8
