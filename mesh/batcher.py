@@ -24,6 +24,7 @@ from mesh.company import Company
 from mesh.errors import MeshError, ModelLost, NoRoom, NotHere
 from mesh.histogram import Histogram
 from mesh.in_line import FAST_S, InLine, Pace
+from mesh.limited import Limited
 from mesh.resident import Resident
 from mesh.rowwise import Kind, are_alike, is_rowwise, kind_of, rows_of
 from mesh.workers import Workers
@@ -158,6 +159,9 @@ class Batcher:
     def meet(self, resident: Resident) -> None:
         """A model was loaded; if it has a family, others are or may come."""
         model = resident.model
+        if (most := resident.settings.max_concurrency) and resident.workers is None:
+            resident.workers = Limited(self._workers, most)
+            return
         if resident.together and isinstance(model, FamilyMember) and (family := model.family) is not None:
             company = self._companies.get(family)
             if company is None:
@@ -265,7 +269,7 @@ class Batcher:
                 self.may_join(company, batch.kind, members)
         waiting.update(dict.fromkeys(batches))
 
-    def _workers_of(self, resident: Resident) -> Workers:
+    def _workers_of(self, resident: Resident) -> Workers | Limited:
         return resident.workers or self._workers
 
     def _done(self, batch: Batch, results: asyncio.Future[list[Results | MeshError]]) -> None:

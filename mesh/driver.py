@@ -336,8 +336,12 @@ class Driver:
         def finished(model_id: ModelId, result: tuple[Resident, Mapping[Tier, int]]) -> LoadFinished:
             loaded, kept = result
             self._loaded[model_id] = loaded
+            most = loaded.settings.max_concurrency
             if loaded.model.waits and loaded.forward is None:
-                loaded.workers = Workers(loaded.model.waits, asyncio.get_running_loop(), "wait")
+                threads = min(loaded.model.waits, most or loaded.model.waits)
+                loaded.workers = Workers(threads, asyncio.get_running_loop(), "wait")
+                self.in_line.keep_out(model_id)
+            if most:
                 self.in_line.keep_out(model_id)
             self.batcher.meet(loaded)
             elapsed_ms = (time.monotonic() - started) * 1e3

@@ -7,6 +7,7 @@ from typing import Protocol
 from loaders.base import LoadedModel
 from loaders.storage.source import Fetched
 from mesh.company import Company
+from mesh.limited import Limited
 from mesh.plans import Plans
 from mesh.rowwise import Kind, has_batch_dimension
 from mesh.runtime.model import RemoteModel
@@ -57,8 +58,9 @@ class Resident:
         """Of models that it may be run with in one call."""
         self.alone: tuple[int, float] | None = None
         """Bytes of inputs, and the processor time of a run on them; only of models with a family, which never wait."""
-        self.workers: Workers | None = None
-        """Threads of its own, if it waits for another process: one that hangs takes none of the others'."""
+        self.workers: Workers | Limited | None = None
+        """Threads of its own, if it waits for another process: one that hangs takes none of the others'. Or its share
+        of everybody's, if it may run only so often at once."""
 
     def unload(self) -> None:
         """Give the memory back, and let go of the files. Blocks."""

@@ -32,6 +32,8 @@ class ModelSettings:
     """How long a request may wait for others to be run with."""
     preferred_batch_sizes: tuple[int, ...] = ()
     """Rows for which no request waits any longer; empty: `max_batch_size`."""
+    max_concurrency: int = 0
+    """Runs at once in one pod; 0: as many as there are threads."""
     one_by_one: bool = False
     """Requests are never run together, even if the model is found to answer row by row (`mesh.rowwise`)."""
     warmup: tuple[Mapping[str, Any], ...] = ()
@@ -106,6 +108,7 @@ def told_alike(where: str, told: Mapping[str, Any]) -> dict[str, Any]:
         "max_batch_size": _count(where, "max_batch_size", told.get("max_batch_size")),
         "max_queue_delay_us": _delay_us(where, told.get("max_queue_delay_us"), told.get("max_batch_time")),
         "preferred_batch_sizes": _sizes(where, told.get("preferred_batch_sizes")),
+        "max_concurrency": _count(where, "max_concurrency", told.get("max_concurrency")),
         "one_by_one": _flag(where, "one_by_one", told.get("one_by_one")),
         "warmup": samples_in(where, told.get("warmup")),
     }

@@ -113,9 +113,15 @@ class Workers:
 
     def submit(self, work: Callable[[], T], pace: Measured, priority: Priority = Priority.NORMAL) -> Job[T]:
         """Have a thread do it; the job's future gets the result."""
-        job = Job(work, pace, self._loop.create_future())
-        self._queue.put(job, priority)
+        job: Job[T] = Job(work, pace, self.future())
+        self.put(job, priority)
         return job
+
+    def future(self) -> asyncio.Future[Any]:
+        return self._loop.create_future()
+
+    def put(self, job: Job[Any], priority: Priority) -> None:
+        self._queue.put(job, priority)
 
     def close(self) -> None:
         """Wait for what runs; what has not begun is left. Blocks."""

@@ -7,6 +7,7 @@ the rows to send and the answers to expect by output name, and one line in `FORM
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from tritonclient.utils import np_to_triton_dtype
 
 from mesh.local_cluster import LocalPod
+from protos import inference_pb2 as v2
+from protos import management_pb2 as mm
+from tests.mesh.client import Client
 
 Array = npt.NDArray[Any]
 Answers = dict[str, Array]
@@ -221,3 +225,33 @@ def test_rows_of_another_width_are_the_clients_fault(
     with pytest.raises(triton.InferenceServerException, match=f"{rows.shape[1]}") as refusal:
         client.infer(name, [given])
     assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+async def test_models_have_no_threads_of_their_own(pod: LocalPod, made: dict[str, tuple[Path, Array, Answers]]) -> None:
+    """Issue 6, "Executors": N models never mean N thread pools. MLflow's are XGBoost's and others' here."""
+    names = [name for name in made if FORMATS[name][0] != "mlflow"]
+
+    def threads() -> int:
+        return len(list(Path(f"/proc/{pod.pid}/task").iterdir()))
+
+    async with Client(pod.address) as client:
+
+        async def serve(name: str, count: int) -> None:
+            folder, rows, _ = made[name]
+            for number in range(count):
+                model_id = f"{name}-{count}-{number}"
+                info = mm.ModelInfo(type=FORMATS[name][0], path=str(folder))
+                request = mm.RegisterModelRequest(modelId=model_id, modelInfo=info, loadNow=True, sync=True)
+                status = await client.call("registerModel", request)
+                assert status.status == mm.ModelStatusInfo.LOADED, status
+                told = await client.call("ModelMetadata", v2.ModelMetadataRequest(name=model_id))
+                asked = v2.ModelInferRequest(model_name=model_id, raw_input_contents=[rows.tobytes()])
+                asked.inputs.add(name=told.inputs[0].name, datatype=np_to_triton_dtype(rows.dtype), shape=rows.shape)
+                await asyncio.gather(*(client.call("ModelInfer", asked) for _ in range(4)))
+
+        for name in names:
+            await serve(name, 1)
+        before, more = threads(), 8
+        for name in names:
+            await serve(name, more)
+        assert threads() - before < more, "the pod's own pools start threads as they need them, up to their limits"

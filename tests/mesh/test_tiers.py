@@ -19,6 +19,7 @@ from loaders import LOADERS, Format
 from loaders.base import Tensor
 from loaders.memory.fake import FakeDevice, Fault
 from loaders.storage.cache import Cache
+from mesh.batcher import Batcher
 from mesh.pod import Pod
 from placement.holdings import HoldState
 from placement.records import CopyStatus, Tier
@@ -276,6 +277,24 @@ async def test_models_go_through_host_and_device_and_answer_the_same(dense: Weig
         for name in names:
             await mesh.unregister(name)
         await until(lambda: agree(pod) and not pod.engine.cache.resident_bytes)
+
+
+async def test_requests_that_wait_for_a_swap_run_together(
+    dense: Weights, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Delayed hits. Four threads are idle, so there are four runs; found to be rowwise the model was before."""
+    monkeypatch.setattr(Batcher, "may_batch", lambda *_: True)
+    async with with_device(dense, models=1, host_memory=f"{2 * ONE}B") as mesh:
+        await dense.register(mesh, "m", "other")
+        before = (await scrape(mesh, "a"))["densemesh_batch_size_count", ""]
+        made_before, copies, gate = Dense.open, mesh.pods["a"].engine.cache.copies, loads.hold("m")
+        waiting = [asyncio.create_task(dense.infer(mesh, "m")) for _ in range(12)]
+        await until(lambda: "m" in copies and copies["m"].pins == 12)
+        gate.set()
+        await asyncio.gather(*waiting)
+        assert (await scrape(mesh, "a"))["densemesh_batch_size_count", ""] - before == 4
+        assert mesh.pods["a"].engine.stats.moved_bytes[Tier.HOST, Tier.DEVICE] == ONE
+        assert made_before == Dense.open
 
 
 # What goes wrong (issue 6, "Bad input gets"): one clear status each, and others are served on
