@@ -152,6 +152,16 @@ class Driver:
         used_ms = now_ms() if last_used_ms is None else last_used_ms
         self.step(CopyWanted(model_id, used_ms, priority, is_prefetch))
 
+    def served_as(self, model_id: ModelId) -> str:
+        """In which form a copy here is served, in words; empty: there is none."""
+        resident = self._loaded.get(model_id)
+        if resident is None:
+            return ""
+        if resident.form:
+            return f"here it is served in a prepared form: {resident.form}"
+        refusal = self.preparing.refusals.get(model_id, "")
+        return "here it is served as it was written" + (f", not prepared: {refusal}" if refusal else "")
+
     async def changed(self, model_id: ModelId) -> None:
         """Return when the model's copy here has ended a load, a failure or an unload."""
         waiter = self._waiters.get(model_id)
@@ -201,6 +211,7 @@ class Driver:
         """Registrations vanished or changed: their copies are of no use."""
         for model_id in model_ids:
             self._crashes.forget(model_id)
+            self.preparing.refusals.pop(model_id, None)
             self.step(CopyUnwanted(model_id))
 
     async def tick(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mesh.directory import Directory, check_id
 from mesh.driver import now_ms
 from mesh.inference import parse
@@ -9,6 +11,7 @@ from mesh.placement_settings import NAMES
 from mesh.rpc import Call
 from placement.engine import Engine
 from placement.explain import explain
+from placement.records import ModelId
 from placement.selection import Verdict
 from protos import management_pb2 as pb
 
@@ -16,8 +19,10 @@ from protos import management_pb2 as pb
 class Explanations:
     """Handler of the call."""
 
-    def __init__(self, engine: Engine, directory: Directory) -> None:
+    def __init__(self, engine: Engine, directory: Directory, served_as: Callable[[ModelId], str]) -> None:
+        """`served_as`: the form of a copy here, in words."""
         self._engine = engine
+        self._served_as = served_as
         self._directory = directory
 
     async def explain(self, call: Call, message: bytes) -> bytes:
@@ -36,7 +41,7 @@ class Explanations:
             pod_id=engine.pod_id,
             placement=pb.Placement(**{name: getattr(model, name) for name in NAMES}),
             size_bytes=view.measured(model_id) or 0,
-            reasons=found.reasons,
+            reasons=[*found.reasons, *filter(None, [self._served_as(model_id)])],
             pods=[_verdict(verdict) for verdict in found.verdicts],
         ).SerializeToString()
 

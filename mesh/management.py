@@ -29,7 +29,7 @@ from mesh.vmodels import VModels
 from placement.engine import Engine
 from placement.explain import unmet
 from placement.messages import Hop
-from placement.records import BadRecord, CopyRecord, CopyStatus, ModelRecord, decode, encode, model_key
+from placement.records import BadRecord, CopyRecord, CopyStatus, ModelId, ModelRecord, decode, encode, model_key
 from protos import management_pb2 as pb
 
 MODEL_MESH: Final = "/mmesh.ModelMesh/"
@@ -64,6 +64,7 @@ class Management:
         residency: Residency,
         vmodels: VModels,
         memory: Memory,
+        served_as: Callable[[ModelId], str],
     ) -> None:
         self._engine = engine
         self._view = engine.view
@@ -74,6 +75,7 @@ class Management:
         self._residency = residency
         self._vmodels = vmodels
         self._memory = memory
+        self._served_as = served_as
         self._tenants = TenantGrants(engine, registry, mirror)
 
     def handlers(self) -> Handlers:
@@ -87,7 +89,7 @@ class Management:
             MODEL_MESH + "getVModelStatus": self._get_vmodel_status,
             MESH + "GetState": self._get_state,
             MESH + "GetMemory": self._get_memory,
-            MESH + "Explain": Explanations(self._engine, self._directory).explain,
+            MESH + "Explain": Explanations(self._engine, self._directory, self._served_as).explain,
         }
         unary |= {MESH + name: handler for name, handler in self._tenants.handlers().items()}
         return Handlers({path: _guarded(handler) for path, handler in unary.items()}, {})

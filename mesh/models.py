@@ -75,6 +75,11 @@ class Models:
         """Whether better forms of models are made at all."""
         return self._preparation is not None
 
+    @property
+    def unprepared(self) -> str:
+        """Why the model that `prepare` was called for last has no better form, if that is known."""
+        return "" if self._preparation is None else self._preparation.said
+
     def stop(self) -> None:
         """End what waits for stores and for the model server, or is being prepared."""
         self.storage.stop()

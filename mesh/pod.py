@@ -248,7 +248,9 @@ class Pod:
         vmodels = VModels(engine, registry, mirror, residency)
         driver.lead_with(residency.ensure_quietly, vmodels.settle, residency.load_on)
         memory = Memory(engine, models, self.store, driver.residents, is_apart=config.device != "host")
-        management = Management(engine, registry, mirror, directory, router, residency, vmodels, memory)
+        management = Management(
+            engine, registry, mirror, directory, router, residency, vmodels, memory, driver.served_as
+        )
         observed = metrics.Metrics(
             engine,
             driver.in_line,

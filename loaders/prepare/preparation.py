@@ -78,6 +78,8 @@ class Preparation:
         self._given_up: dict[str, str] = {}
         """By digest: what this pod does not try again, and why."""
         self._dropped: set[str] = set()
+        self.said = ""
+        """Why the model that `prepare` was called for last has no form; empty: it has, or nobody has tried."""
         self.child = Child()
 
     def start(self) -> None:
@@ -139,9 +141,11 @@ class Preparation:
         Raises:
             LoaderError: see `find`; or the directory is full.
         """
+        self.said = ""
         format_name, artifact = unwrapped(format_name, artifact)
         digest = self._digest(format_name, artifact)
         if not digest or digest in self._given_up:
+            self.said = self._given_up.get(digest, "")
             return None
         outcome = Outcome.FOUND
 
@@ -155,6 +159,7 @@ class Preparation:
         try:
             lease = self._open().get(digest, size_bytes, fill)
         except ChildFailed as failure:
+            self.said = str(failure)
             if not self._stopped.is_set():
                 self._given_up[digest] = str(failure)
                 log.warning("%s is not prepared: %s", artifact.path, failure)
@@ -163,9 +168,10 @@ class Preparation:
             refusal = lease.folder / _REFUSED
             if not refusal.exists():
                 return outcome
+            self.said = refusal.read_text()
             if outcome is Outcome.FOUND:
                 return None
-            log.info("%s is served as it is: %s", artifact.path, refusal.read_text())
+            log.info("%s is served as it is: %s", artifact.path, self.said)
             return Outcome.REFUSED
         finally:
             lease.close()

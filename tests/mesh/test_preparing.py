@@ -4,14 +4,17 @@ meanwhile takes its place, and no request is lost. Authority: docs/ARCHITECTURE.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loaders.prepare import FORMS, PREPARERS, Preparer
+from mesh.preparing import Preparing
+from placement.records import ModelRecord
 from protos import management_pb2 as mm
 from tests.loaders.preparers import FORM
-from tests.mesh.pods import ROW, Loads, Mesh, request_for, running, until
+from tests.mesh.pods import ROW, TIMEOUT_S, Loads, Mesh, request_for, running, until
 from tests.mesh.test_metrics import scrape
 
 
@@ -158,3 +161,31 @@ async def test_a_pod_stops_in_the_middle_of_a_job(
         await until(lambda: jobs(path) == 1)
         assert await mesh.infer("m") == "a"
     assert not list((tmp_path / "cache" / "prepared").glob("*.partial"))
+
+
+async def test_explain_tells_the_form_and_why_there_is_none(
+    tmp_path: Path, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_better, ended = Preparing.has_better, asyncio.Queue[str]()
+
+    async def watched(self: Preparing, model: ModelRecord, is_wanted: Callable[[], bool]) -> bool:
+        found = await has_better(self, model, is_wanted)
+        ended.put_nowait(model.model_id)
+        return found
+
+    monkeypatch.setattr(Preparing, "has_better", watched)
+    async with running("a", loads, prepare=True, cache_dir=str(tmp_path / "cache")) as mesh:
+
+        async def told(model_id: str) -> str:
+            answer = await mesh.clients["a"].call("Explain", mm.ExplainRequest(model_id=model_id))
+            return str(answer.reasons[-1])
+
+        await register(mesh, "m", written(tmp_path))
+        await served_prepared(mesh, "m")
+        assert await told("m") == f"here it is served in a prepared form: {FORM}"
+        monkeypatch.setitem(PREPARERS, "synthetic", Preparer("tests.loaders.preparers:refuse", FORM, ("numpy",)))
+        await register(mesh, "plain", written(tmp_path, '{"size_bytes": 6000}'))
+        async with asyncio.timeout(TIMEOUT_S):
+            while await ended.get() != "plain":
+                pass
+        assert await told("plain") == "here it is served as it was written, not prepared: nothing has a copy"
