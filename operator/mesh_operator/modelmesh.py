@@ -356,12 +356,10 @@ def _formats(manifest: Manifest) -> set[str]:
 
 
 def _unlisted(manifest: Any) -> list[Manifest]:
-    """The items of a List, and of lists in it; what is no object is none."""
-    if not isinstance(manifest, dict):
-        return []
-    if str(manifest.get("kind", "")).endswith("List") and isinstance(manifest.get("items"), list):
-        return [each for item in manifest["items"] for each in _unlisted(item)]
-    return [manifest]
+    """The items of a List; what is no object is none."""
+    found = _object(manifest)
+    items = found.get("items") if str(found.get("kind", "")).endswith("List") else [found]
+    return [item for item in (items if isinstance(items, list) else ()) if isinstance(item, dict) and item]
 
 
 def _name(manifest: Manifest) -> tuple[str, str, str]:

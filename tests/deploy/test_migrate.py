@@ -138,6 +138,10 @@ def test_standard_input_with_nothing_amiss() -> None:
     assert "1 models carry over; 0 objects do not" in result.output
 
 
+def test_a_list_of_itself() -> None:
+    assert "0 models" in migrated("--manifests", "-", given="&list {kind: List, items: [*list, &items [*items]]}").output
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [("a: [", "standard input, line 2: expected YAML"), ("\t", "standard input, line 1: expected YAML")],
