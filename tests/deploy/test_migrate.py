@@ -139,7 +139,8 @@ def test_standard_input_with_nothing_amiss() -> None:
 
 
 def test_a_list_of_itself() -> None:
-    assert "0 models" in migrated("--manifests", "-", given="&list {kind: List, items: [*list, &items [*items]]}").output
+    given = "&list {kind: List, items: [*list, &items [*items]]}"
+    assert "0 models" in migrated("--manifests", "-", given=given).output
 
 
 @pytest.mark.parametrize(
