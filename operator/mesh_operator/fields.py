@@ -74,7 +74,9 @@ FIELDS: Final = {
         Field("predictor.autoScaling", W, "copies follow the measured load of the pods"),
         Field("predictor.containerConcurrency", W, "the mesh queues and batches per pod"),
         Field("predictor.timeout", W, "a request's deadline is the client's, or the mesh's default"),
-        Field("predictor.canaryTrafficPercent", W, "the new model takes all requests when it is loaded"),
+        Field(
+            "predictor.canaryTrafficPercent", H, "percent of the requests for the new model; without it, or at 100, all"
+        ),
         Field("predictor.batcher.maxBatchSize", H, "rows for which no request waits any longer"),
         Field("predictor.batcher.maxLatency", H, "how long, in ms, a request may wait for others"),
         Field("predictor.batcher.timeout", W, "a request's deadline is the client's, or the mesh's default"),

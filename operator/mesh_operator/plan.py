@@ -102,9 +102,9 @@ def _served(seen: Seen, reading: Reading, settings: Settings, call: SetVModel, r
     vmodel, mark = seen.vmodel, mark_of(call)
     if vmodel is None or vmodel.target.model_id != call.model_id:
         return Plan(calls=(call,), applied=mark)
-    if vmodel.failed and not seen.asked and not _waits(seen, call.model_id):
+    if vmodel.failed and not seen.asked and (_failed_s(seen, call.model_id) or 0) > RETRY_S:
         return Plan(calls=(call,), applied=mark)  # once more
-    if seen.applied != mark and not vmodel.failed:  # its placement may be another; else nothing is changed
+    if seen.applied != mark and not vmodel.failed:  # its placement or share may be another; else nothing is changed
         return Plan(calls=(replace(call, load_now=False),), applied=mark)
     situation = _transition(seen, vmodel) if len(vmodel.models) > 1 else _alone(seen, vmodel.active, call.load_now)
     if situation is None:
@@ -118,7 +118,8 @@ def _alone(seen: Seen, model: Model, load_now: bool) -> Situation | None:
     served = state == "Loaded" or (state in ("Standby", "Loading") and (not load_now or _was_ready(seen, model)))
     if served:
         return Situation(_PREDICTOR_READY, "UpToDate", state, requeue_s=RESYNC_S if state != "Loading" else POLL_S)
-    if state == "FailedToLoad" or (state == "Standby" and _waits(seen, model.model_id)):
+    failed_s = _failed_s(seen, model.model_id)
+    if state == "FailedToLoad" or (state == "Standby" and failed_s is not None and failed_s < RETRY_S):
         failure = failure_of(model) if state == "FailedToLoad" else _last_failure(seen)
         available = Condition("PredictorReady", "False", failure.reason, failure.message)
         return Situation(available, "UpToDate", "FailedToLoad", failure=failure, requeue_s=_FAILED_S)
@@ -140,6 +141,8 @@ def _transition(seen: Seen, vmodel: VModel) -> Situation:
         )
     state = state_of(vmodel.target)
     target_state = {"Standby": "Pending", "Loaded": "Loaded"}.get(state, state)
+    if vmodel.canary_percent is not None and (state == "Loaded" or (vmodel.canary_percent == 0 and state == "Standby")):
+        return Situation(available, "UpToDate", active_state, state)  # as it is asked for
     return Situation(available, "InProgress", active_state, target_state, requeue_s=POLL_S)
 
 
@@ -174,7 +177,8 @@ def _refused(seen: Seen, problem: Problem) -> Situation:
 
 
 def _was_ready(seen: Seen, model: Model) -> bool:
-    return before(seen.manifest, "components", "predictor").get("latestReadyRevision") == model.model_id
+    told = before(seen.manifest, "components", "predictor")
+    return model.model_id in (told.get("latestReadyRevision"), told.get("latestRolledoutRevision"))
 
 
 def _last_failure(seen: Seen) -> Failure:
@@ -182,9 +186,9 @@ def _last_failure(seen: Seen) -> Failure:
     return Failure(told["reason"], told["message"], told["modelRevisionName"], told.get("location", ""), told["time"])
 
 
-def _waits(seen: Seen, model_id: str) -> bool:
-    """The model has failed so recently that it is not tried again yet."""
+def _failed_s(seen: Seen, model_id: str) -> float | None:
+    """Since when, in seconds, it has been told that the model failed; None: it has not."""
     told = before(seen.manifest, "modelStatus", "lastFailureInfo")
     if told.get("modelRevisionName") != model_id or not told.get("time"):
-        return False
-    return (seen.now - datetime.fromisoformat(told["time"])).total_seconds() < RETRY_S
+        return None
+    return (seen.now - datetime.fromisoformat(told["time"])).total_seconds()

@@ -38,7 +38,8 @@ def registration(spec: Spec, runtime: Runtime, vmodel_id: str, owner: str) -> Se
     digest = hashlib.sha1(_json(what).encode(), usedforsecurity=False).hexdigest()[:10]
     key["placement"] = dict(spec.placement)
     model_id = f"{vmodel_id}{_INFIX}{digest}"
-    return SetVModel(vmodel_id, model_id, owner, model_type, spec.path, _json(key), load_now=not spec.is_lazy)
+    percent = None if spec.canary_percent == 100 else spec.canary_percent
+    return SetVModel(vmodel_id, model_id, owner, model_type, spec.path, _json(key), not spec.is_lazy, percent)
 
 
 def _json(value: Any) -> str:
@@ -47,7 +48,7 @@ def _json(value: Any) -> str:
 
 def mark_of(call: SetVModel) -> str:
     """Equal for registrations that say the same of the same model."""
-    return _json([call.model_id, call.key])
+    return _json([call.model_id, call.key, call.canary_percent])
 
 
 def registered_as(manifest: Mapping[str, Any]) -> str:

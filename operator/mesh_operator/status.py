@@ -51,6 +51,8 @@ class VModel:
     target: Model
     """The active model, unless a transition is under way or has failed."""
     failed: bool = False
+    canary_percent: int | None = None
+    """What the target gets of the requests while it is loaded; None: all when it is active, until then none."""
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -163,10 +165,17 @@ def predictor(previous: Mapping[str, Any], vmodel: VModel, is_ready: bool, urls:
         if is_ready:
             told["latestRolledoutRevision"] = active
     else:
+        is_canary = vmodel.canary_percent is not None
+        percent = vmodel.canary_percent if is_canary and state_of(vmodel.target) == "Loaded" else 0
+        latest = {"revisionName": target, "latestRevision": True, "percent": percent}
         told["traffic"] = [
-            {"revisionName": target, "latestRevision": True, "percent": 0},
-            {"revisionName": active, "latestRevision": False, "percent": 100, "tag": "prev"},
+            {**latest, "tag": "latest"} if is_canary else latest,
+            {"revisionName": active, "latestRevision": False, "percent": 100 - (percent or 0), "tag": "prev"},
         ]
+        if is_canary and (state_of(vmodel.target) == "Loaded" or ready_before == target):
+            told["latestReadyRevision"] = target
+        if is_ready:
+            told["latestRolledoutRevision"] = active
     if rolled_out and "latestRolledoutRevision" not in told:
         told["latestRolledoutRevision"] = rolled_out
     before = previous.get("previousRolledoutRevision")

@@ -90,7 +90,7 @@ def unreachable(seen: Seen, problem: Problem) -> Plan:
     wanted = [part, ingress, ready([part, ingress]), *others]
     told = conditions(old.get("conditions") or (), wanted, rfc3339(seen.now))
     status = {**old, "deploymentMode": MODE, "conditions": told}
-    return Plan(status=status, events=_events(seen, status), requeue_s=5 * POLL_S)
+    return Plan(status=status, events=_events(seen, status), requeue_s=2 * POLL_S)
 
 
 def _events(seen: Seen, status: Mapping[str, Any]) -> tuple[Event, ...]:
@@ -113,6 +113,7 @@ def _events(seen: Seen, status: Mapping[str, Any]) -> tuple[Event, ...]:
     ):
         if told.get(revision) not in (None, told_before.get(revision)):
             events.append(Event("Normal", reason, f"model {told[revision]} {what}"))
+    events += _canary_events(told, told_before)
     now, then = _condition(status, "Ready"), _condition(old, "Ready")
     if now["status"] == "True" != then.get("status"):
         events.append(Event("Normal", "InferenceServiceReady", f"InferenceService [{name}] is Ready"))
@@ -120,6 +121,28 @@ def _events(seen: Seen, status: Mapping[str, Any]) -> tuple[Event, ...]:
         message = f"InferenceService [{name}] is no longer Ready because of: {now.get('reason', now['status'])}"
         events.append(Event("Warning", "InferenceServiceNotReady", message))
     return tuple(events)
+
+
+def _canary_events(told: Mapping[str, Any], told_before: Mapping[str, Any]) -> list[Event]:
+    (name, percent), (name_before, percent_before) = _canary(told), _canary(told_before)
+    if name and (name, percent) != (name_before, percent_before) and percent is not None:
+        if percent:
+            return [Event("Normal", "CanaryStarted", f"{percent} percent of the requests go to model {name}")]
+        if percent_before and name == name_before:
+            return [Event("Normal", "CanaryRolledBack", f"no requests go to model {name}")]
+    if name_before and not name:
+        if told.get("latestCreatedRevision") == name_before:
+            return [Event("Normal", "CanaryPromoted", f"model {name_before} is to take all requests")]
+        return [Event("Normal", "CanaryRolledBack", f"model {name_before} is gone")]
+    return []
+
+
+def _canary(predictor: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The model that is tried, and its share."""
+    for entry in predictor.get("traffic") or ():
+        if entry.get("tag") == "latest":
+            return entry["revisionName"], entry["percent"]
+    return "", None
 
 
 def _condition(status: Mapping[str, Any], name: str) -> Mapping[str, Any]:

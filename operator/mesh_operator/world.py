@@ -37,6 +37,8 @@ class SetVModel:
     path: str
     key: str
     load_now: bool
+    canary_percent: int | None = None
+    """None: the model becomes the active one when it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,9 +270,7 @@ def test_a_successor_that_fails_leaves_the_old_one_serving_until_it_is_tried_aga
     vmodel = replace(
         vmodel, target=replace(vmodel.target, copies=(Copy("p", "LOADING_FAILED", int(NOW.timestamp()) * 1000),))
     )
-    [again] = decide(seen(manifest, vmodel), SETTINGS).calls  # nothing is known of a failure yet
-    assert isinstance(again, SetVModel)
-    plan = decide(seen(manifest, vmodel, asked=True), SETTINGS)
+    plan = decide(seen(manifest, vmodel), SETTINGS)
     assert model_status(plan) == ("BlockedByFailedLoad", "Loaded", "FailedToLoad")
     assert condition(plan, "Ready") == ("True", "")
     assert "ModelLoadFailed" in reasons(plan)
@@ -423,3 +421,45 @@ def test_copies_of_both_models_are_counted() -> None:
     plan = decide(seen(manifest, VModel(active, target)), SETTINGS)
     assert plan.status is not None
     assert plan.status["modelStatus"]["copies"] == {"failedCopies": 1, "totalCopies": 2}
+
+
+def canary(manifest: dict[str, Any], percent: int, state: str = "LOADED") -> VModel:
+    return replace(two("LOADED", state, manifest), canary_percent=percent)
+
+
+def test_a_canary() -> None:
+    """Knative's canary: traffic by revision, `latest` and `prev`; 0 is the way back, without it is the promotion."""
+    old = {"components": {"predictor": {"latestReadyRevision": "news.fraud__isvc-0"}}}
+    manifest = isvc({**model(storageUri="s3://models/2"), "canaryTrafficPercent": 10}, status=old)
+    new = call_for(manifest).model_id
+    [call] = decide(
+        seen(manifest, VModel(said("news.fraud__isvc-0", "LOADED"), said("news.fraud__isvc-0", "LOADED"))), SETTINGS
+    ).calls
+    assert isinstance(call, SetVModel)
+    assert call.canary_percent == 10
+    loading = decide(seen(manifest, canary(manifest, 10, "LOADING")), SETTINGS)
+    assert model_status(loading) == ("InProgress", "Loaded", "Loading")
+    assert "CanaryStarted" not in reasons(loading)
+    begun = decide(seen(after(loading, manifest), canary(manifest, 10)), SETTINGS)
+    assert model_status(begun) == ("UpToDate", "Loaded", "Loaded")
+    assert reasons(begun) == ["ModelLoaded", "CanaryStarted"]
+    assert begun.status is not None
+    assert begun.status["components"]["predictor"]["traffic"] == [
+        {"revisionName": new, "latestRevision": True, "percent": 10, "tag": "latest"},
+        {"revisionName": "news.fraud__isvc-0", "latestRevision": False, "percent": 90, "tag": "prev"},
+    ]
+    more = after(begun, isvc({**model(storageUri="s3://models/2"), "canaryTrafficPercent": 0}))
+    [call] = decide(seen(more, canary(manifest, 10), applied=mark_of(call_for(manifest))), SETTINGS).calls
+    assert isinstance(call, SetVModel)
+    assert (call.canary_percent, call.model_id) == (0, new)
+    back = decide(seen(more, canary(manifest, 0)), SETTINGS)
+    assert reasons(back) == ["CanaryRolledBack"]
+    assert model_status(back) == ("UpToDate", "Loaded", "Loaded")
+    promoted = after(begun, isvc(model(storageUri="s3://models/2")))
+    [call] = decide(seen(promoted, canary(manifest, 10), applied=mark_of(call_for(manifest))), SETTINGS).calls
+    assert isinstance(call, SetVModel)
+    assert call.canary_percent is None
+    done = decide(seen(promoted, one("LOADED", manifest=manifest)), SETTINGS)
+    assert reasons(done) == ["CanaryPromoted"]
+    assert done.status is not None
+    assert done.status["components"]["predictor"]["previousRolledoutRevision"] == "news.fraud__isvc-0"

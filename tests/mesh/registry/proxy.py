@@ -9,10 +9,11 @@ from typing import Self
 class Proxy:
     """Passes bytes to a port of this machine and back, until told otherwise."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, listen: int = 0) -> None:
         self.lost = asyncio.Event()
         """Something was lost."""
         self._port = port
+        self._listen = listen
         self._pass_requests = self._pass_answers = True
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
@@ -36,7 +37,7 @@ class Proxy:
             writer.transport.abort()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._listen)
         return self
 
     async def __aexit__(self, *_: object) -> None:
