@@ -67,8 +67,9 @@ class Models:
         self._preparation = preparation
         self.sizes = Sizes()
         self.framework_bytes = 0
-        """What importing frameworks took."""
+        """What importing frameworks took, and their first loads beside the model."""
         self._imported: set[str] = set()
+        self._loaded_once: set[str] = set()
 
     @property
     def prepares(self) -> bool:
@@ -128,6 +129,7 @@ class Models:
             LoaderError: see `estimate_bytes`; a file beside it does not declare what it should; it fails to warm up.
         """
         settings = settings_of(model)
+        before, known = private_bytes(), self.framework_bytes
         files: Files = (held := self._held(model, settings, fetched))
         try:
             if settings.schema_path and not self._is_pulled(model):
@@ -148,6 +150,9 @@ class Models:
             if isinstance(loaded, TieredModel):
                 files.close()
             size_bytes = self.sizes.settle(model.model_id, form or format_of(model), loaded.size_bytes)
+            if (what := form or format_of(model)) not in self._loaded_once:
+                self._loaded_once.add(what)
+                self.framework_bytes = max(known, known + private_bytes() - before - size_bytes)
             return Resident(loaded, settings, files, form, size_bytes, held.fetched)
         except CorruptWeights as error:
             files.close()

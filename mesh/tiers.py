@@ -53,9 +53,13 @@ class Tiers:
         fetched = self._on_disk[model_id] if action.source is Tier.DISK else None
         resident = self._models.load(model, fetched, keep_in_host=Tier.HOST in action.keep)
         kept: dict[Tier, int] = {}
-        if isinstance(resident.model, TieredModel) and resident.model.in_host:
-            self._in_host[model_id] = resident, resident.model
-            kept[Tier.HOST] = resident.model.size_bytes
+        weights = resident.model
+        if isinstance(weights, TieredModel) and weights.in_host:
+            if weights.size_bytes <= action.keep[Tier.HOST]:
+                self._in_host[model_id] = resident, weights
+                kept[Tier.HOST] = weights.size_bytes
+            else:  # less was promised, by what its files take
+                weights.drop(weights.store.host)
         if resident.fetched is not None:
             if Tier.DISK in action.keep:
                 kept[Tier.DISK] = min(resident.fetched.size_bytes, action.keep[Tier.DISK])
