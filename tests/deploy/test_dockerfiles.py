@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCKERFILES = [ROOT / "Dockerfile"]
+DOCKERFILES = [ROOT / "Dockerfile", ROOT / "operator" / "Dockerfile"]
 
 
 def instructions(file: Path) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from mesh_operator.__main__ import main
 
 from loaders import ALIASES, LOADERS
 from mesh import __version__
@@ -31,7 +32,7 @@ OVERLAYS = sorted(path.name for path in (CONFIG / "overlays").iterdir())
 FOREIGN = {
     "serving.kserve.io/v1alpha1": {"ClusterServingRuntime"},
     "cert-manager.io/v1": {"Certificate", "Issuer"},
-    "monitoring.coreos.com/v1": {"ServiceMonitor", "PrometheusRule"},
+    "monitoring.coreos.com/v1": {"ServiceMonitor", "PodMonitor", "PrometheusRule"},
     "keda.sh/v1alpha1": {"ScaledObject"},
     "gateway.networking.k8s.io/v1": {"GRPCRoute"},
 }
@@ -131,6 +132,10 @@ def test_selectors_find_pods_and_services(built: list[Manifest]) -> None:
         (service,) = [m for m in of_kind(built, "Service") if wanted <= m["metadata"]["labels"].items()]
         ports = {port["name"] for port in service["spec"]["ports"]}
         assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+    for monitor in of_kind(built, "PodMonitor"):
+        (pod,) = [workload for workload in workloads if labels_selected(monitor) == labels_selected(workload)]
+        ports = {port["name"] for port in container(pod)["ports"]}
+        assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
 
 
 def test_references_lead_somewhere(built: list[Manifest]) -> None:
@@ -288,3 +293,66 @@ def test_alerts_and_triggers_ask_for_metrics_that_there_are(tmp_path: Path) -> N
     exposed |= set(re.findall(r'_by_state\("(densemesh_[a-z_]+)"', source))
     assert len(asked) >= 8
     assert asked <= exposed, asked - exposed
+
+
+def test_the_operators_flags_are_its_own(built: list[Manifest]) -> None:
+    (operator,) = of_kind(built, "Deployment")
+    one = container(operator)
+    told = main.make_context("densemesh-operator", list(one["args"]), resilient_parsing=True).params
+    ports = {port["name"]: port["containerPort"] for port in one["ports"]}
+    assert ports == {"health": told["health_port"], "metrics": told["metrics_port"]}
+    services = {f"{m['metadata']['name']}.densemesh.svc:8033" for m in of_kind(built, "Service")}
+    assert told["target"] in services
+    assert told["grpc_url"].removeprefix("grpc://") in services
+    (storage,) = [
+        v["secret"] for v in mesh(built)["spec"]["template"]["spec"]["volumes"] if v["name"] == "storage-config"
+    ]
+    assert told["storage_config"] == f"densemesh/{storage['secretName']}"
+    if of_kind(built, "Certificate"):
+        assert told["tls_ca"] == Path("/etc/densemesh/tls/ca.crt")
+
+
+def granted(role: Manifest) -> set[tuple[str, str, str]]:
+    """Resource, of one name if the rule says so, and verb."""
+    grants = set()
+    for rule in role["rules"]:
+        (group,) = rule["apiGroups"]
+        for resource in rule["resources"]:
+            for name in rule.get("resourceNames", [""]):
+                where = ":".join(filter(None, (f"{group}/{resource}".lstrip("/"), name)))
+                grants |= {(role["kind"], where, verb) for verb in rule["verbs"]}
+    return grants
+
+
+def test_the_operator_may_what_it_does_and_no_more() -> None:
+    """Kubernetes, RBAC good practices: least privilege. Watched by kopf, which also watches CRDs; called by `kube`."""
+    package = CONFIG.parent / "mesh_operator"
+    watched = set(re.findall(r'kopf\.on\.event\(_GROUP, "\w+", "(\w+)"', (package / "handlers.py").read_text()))
+    assert watched == {"inferenceservices", "servingruntimes", "clusterservingruntimes"}
+    called = set(re.findall(r"self\._kube\.(\w+)\(", "".join(path.read_text() for path in package.glob("*.py"))))
+    assert called == {"get", "create", "patch", "replace"}
+    built = build(CONFIG / "operator")
+    needed = {
+        ("ClusterRole", f"{group}/{plural}", verb)
+        for group, plurals in (
+            ("serving.kserve.io", watched),
+            ("apiextensions.k8s.io", {"customresourcedefinitions"}),
+        )
+        for plural in plurals
+        for verb in ("list", "watch")
+    } | {
+        ("ClusterRole", "serving.kserve.io/inferenceservices", "patch"),
+        ("ClusterRole", "serving.kserve.io/inferenceservices/status", "patch"),
+        ("ClusterRole", "events", "create"),
+        ("ClusterRole", "configmaps:inferenceservice-config", "get"),
+        ("Role", "secrets:storage-config", "get"),
+        ("Role", "coordination.k8s.io/leases", "create"),
+        ("Role", "coordination.k8s.io/leases:densemesh-operator", "get"),
+        ("Role", "coordination.k8s.io/leases:densemesh-operator", "update"),
+    }
+    assert set().union(*(granted(role) for role in of_kind(built, "Role", "ClusterRole"))) == needed
+    there = {identity(manifest) for manifest in built}
+    for binding in of_kind(built, "RoleBinding", "ClusterRoleBinding"):
+        role, (subject,) = binding["roleRef"], binding["subjects"]
+        assert (role["kind"], binding["metadata"].get("namespace", ""), role["name"]) in there
+        assert ("ServiceAccount", subject["namespace"], subject["name"]) in there
