@@ -15,12 +15,12 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-from mesh_operator.__main__ import main
 
 from loaders import ALIASES, LOADERS
 from mesh import __version__
 from mesh.cli.serve import serve
 from mesh.config import Config, parse_bytes
+from mesh_operator.__main__ import main
 from tests.deploy.kustomize import Manifest, build, identity, manifests_in
 from tests.mesh.certificates import Authority
 
