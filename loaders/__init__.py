@@ -48,7 +48,9 @@ def _head(path: Path) -> bytes:
 
 LOADERS: Final[dict[str, Format]] = {
     "onnx": Format("loaders.onnx:OnnxLoader", (".onnx",)),
-    "torch": Format("loaders.torch:TorchLoader", (".pt2", ".pt"), runs_code={".pt2": "pt2", ".pt": "pt"}),
+    "torch": Format(
+        "loaders.torch:TorchLoader", (".pt2", ".pt"), runs_code={".pt2": "pt2", ".pt": "pt"}, may_run="aoti"
+    ),
     "sklearn": Format(
         "loaders.sklearn:SklearnLoader",
         (".skops", ".joblib", ".pkl"),

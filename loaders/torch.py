@@ -1,10 +1,11 @@
-"""PyTorch models without their Python source: `.pt2` (torch.export) and `.pt` (TorchScript). CPU only.
+"""PyTorch models without their Python source: `.pt2` (torch.export, AOTInductor) and `.pt` (TorchScript). CPU only.
 
-Both can run code of the model's author, so both are refused unless the operator allows them (`Format.runs_code`):
+All can run code of the model's author, so all are refused unless the operator allows them (`Format.runs_code`):
 
 - `.pt2`: `torch.export.load` unpickles any weight or constant that the archive marks `use_pickle` with
   `weights_only=False`, and evaluates symbolic sizes of `model.json` with `sympy.sympify`, which is `eval`. Tried with
   torch 2.13: a payload in either place runs while loading (`tests/loaders/test_torch.py`).
+- `.pt2` of AOTInductor: machine code, made for one kind of processor, and so allowed by a name of its own, `aoti`.
 - `.pt`: unpickled in C++ by a restricted reader and interpreted as TorchScript, so no Python runs, but the model's own
   program does, and TorchScript can read and write files (`torch.from_file`, `torch.save`).
 
@@ -14,6 +15,7 @@ number is the position). Without declared names:
 - `.pt2`: inputs by the names of `forward`'s parameters, outputs by the keys of a returned dict, else `OUTPUT__<i>`.
 - `.pt`: the input by the name of `forward`'s parameter, outputs `OUTPUT__<i>`. The file tells neither datatypes nor
   shapes: one input is lenient (see `Signature`), several must be declared, as must outputs of unknown number.
+- AOTInductor's code: the same, with the names `INPUT__<i>`; it checks what it is given by itself.
 
 One intra-op and one inter-op thread for the whole process, set once: parallelism comes from requests, and with OpenMP
 every calling thread would otherwise get a team of its own.
@@ -21,6 +23,7 @@ every calling thread would otherwise get a team of its own.
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +41,8 @@ try:
     from torch.utils import _pytree
 except ImportError as missing:
     raise LoaderError("torch is not installed: pip install 'densemesh[torch]'") from missing
+
+os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")  # else other shapes are read and written beyond their ends
 
 _POSITIONAL: Final = re.compile(r".*__(\d+)")
 
@@ -61,17 +66,19 @@ class TorchLoader:
         parameters(artifact, "torch")
         is_exported = artifact.path.suffix == ".pt2"
         with reading(artifact.path, "a PyTorch archive"), zipfile.ZipFile(artifact.path) as archive:
-            if any("/aotinductor/" in each.filename for each in archive.infolist()):
-                raise LoaderError(
-                    f"{artifact.path.name} holds native code of AOTInductor: expected what torch.export saves"
-                )
+            if _is_native(archive) and "aoti" not in artifact.allowed_code:
+                name = artifact.path.name
+                raise LoaderError(f"{name} holds native code of AOTInductor: refused without --allow-code aoti")
             stored = sum(each.file_size for each in archive.infolist() if not each.filename.endswith(".json"))
             nodes = 0 if is_exported else _script_nodes(archive)
         return stored + (_EXPORTED_BYTES if is_exported else _SCRIPT_BYTES + _SCRIPT_NODE_BYTES * nodes)
 
     def load(self, artifact: Artifact) -> TorchModel:
         self.estimate_bytes(artifact)  # refuses what is no archive, which torch would log at length
-        read = _read_exported if artifact.path.suffix == ".pt2" else _read_script
+        with zipfile.ZipFile(artifact.path) as archive:
+            is_native = _is_native(archive)
+        is_exported = artifact.path.suffix == ".pt2"
+        read = _read_native if is_native else _read_exported if is_exported else _read_script
         with Change(), framework_load(artifact.path, ignore=DeprecationWarning):  # of torch.jit, not of the model
             try:
                 return read(artifact)
@@ -80,6 +87,10 @@ class TorchLoader:
             except Exception as error:
                 kind = OutOfMemory if no_memory(error) else LoaderError
                 raise kind(f"{artifact.path.name}: {reason(error)}") from error
+
+
+def _is_native(archive: zipfile.ZipFile) -> bool:
+    return any("/aotinductor/" in name for name in archive.namelist())
 
 
 def _script_nodes(archive: zipfile.ZipFile) -> int:
@@ -195,7 +206,7 @@ def _read_script(artifact: Artifact) -> TorchModel:
     if [each.name for each in arguments if str(each.type) != "Tensor"]:
         raise LoaderError(f"forward takes more than tensors: {schema}")
     own = tuple(each.name for each in arguments)
-    signature, takes_names = _script_inputs(artifact, own)
+    signature, takes_names = _untold_inputs(artifact, own, "pytorch_torchscript")
     gives = _positions(artifact.outputs, len(artifact.outputs)) or list(artifact.outputs)
     gives = gives or _script_outputs(schema.returns[0].type)
     gives_names = tuple(spec.name for spec in gives)
@@ -209,9 +220,28 @@ def _read_script(artifact: Artifact) -> TorchModel:
     return TorchModel(module, call, signature, (takes_names, gives_names), size_bytes)
 
 
-def _script_inputs(artifact: Artifact, own: tuple[str, ...]) -> tuple[Signature, tuple[str, ...]]:
+def _read_native(artifact: Artifact) -> TorchModel:
+    runner = torch._inductor.aoti_load_package(str(artifact.path)).loader
+    counts = [_pytree.treespec_loads(spec).num_leaves for spec in runner.get_call_spec()]
+    own = tuple(f"INPUT__{i}" for i in range(counts[0]))
+    signature, takes_names = _untold_inputs(artifact, own, "pytorch_aotinductor")
+    gives = _positions(artifact.outputs, counts[1]) or list(artifact.outputs)
+    gives = gives or [TensorSpec(f"OUTPUT__{i}", "FP32", (-1, -1)) for i in range(counts[1])]
+    if len(gives) != counts[1]:
+        raise LoaderError(f"{len(gives)} outputs are declared, but the model gives {counts[1]}")
+
+    def call(feeds: dict[str, torch.Tensor]) -> Any:
+        return runner.run([feeds[name].contiguous() for name in takes_names])
+
+    with zipfile.ZipFile(artifact.path) as archive:
+        size_bytes = sum(each.file_size for each in archive.infolist()) + _EXPORTED_BYTES
+    names = (takes_names, tuple(spec.name for spec in gives))
+    return TorchModel(torch.nn.Module(), call, replace(signature, outputs=tuple(gives)), names, size_bytes)
+
+
+def _untold_inputs(artifact: Artifact, own: tuple[str, ...], platform: str) -> tuple[Signature, tuple[str, ...]]:
     """The signature but for its outputs, and the input names in the order of `forward`'s parameters `own`."""
-    signature = Signature(artifact.inputs, (), platform="pytorch_torchscript")
+    signature = Signature(artifact.inputs, (), platform=platform)
     for spec in (*artifact.inputs, *artifact.outputs):
         if spec.datatype == "BYTES":
             raise LoaderError(f"declared tensor {spec.name!r} is BYTES, which PyTorch does not have")

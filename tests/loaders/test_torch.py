@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import threading
 import warnings
@@ -282,5 +283,27 @@ def test_native_code_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model/data/aotinductor/model/c.wrapper.so", b"ELF")
     for refuse in (LOADER.estimate_bytes, LOADER.load):
-        with pytest.raises(LoaderError, match=r"native code of AOTInductor: expected what torch.export saves"):
-            refuse(Artifact(path))
+        with pytest.raises(LoaderError, match=r"native code of AOTInductor: refused without --allow-code aoti"):
+            refuse(Artifact(path, allowed_code=frozenset({"pt2"})))
+
+
+@pytest.mark.skipif(
+    not os.environ.get("DENSEMESH_COMPILE"), reason="compiling takes half a minute: DENSEMESH_COMPILE=1"
+)
+@pytest.mark.filterwarnings("ignore")  # of the compiler, not of the loader
+def test_native_code(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    program = torch.export.export(
+        network, (torch.zeros(2, 4),), dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=64)},)
+    )
+    path = Path(torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2")))
+    model = LOADER.load(Artifact(path, allowed_code=frozenset({"aoti", "pt2"})))
+    rows = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(rows)).numpy()
+    np.testing.assert_allclose(model.infer({"x": rows}, ["OUTPUT__0"])["OUTPUT__0"], expected, rtol=1e-5, atol=1e-6)
+    for wrong in (rows[:, :3], rows.astype(np.float64), rows[0], np.zeros((65, 4), np.float32)):
+        with pytest.raises(InferError) as refusal:
+            model.infer({"x": np.ascontiguousarray(wrong)}, ["OUTPUT__0"])
+        assert refusal.value.bad_input
+    model.unload()
