@@ -17,4 +17,4 @@ def test_figures(tmp_path: Path) -> None:
     assert [row["models"] for row in shared] == [25, 30]
     assert shared[-1]["weights_bytes"] < shared[-1]["resident_bytes"] < 1.3 * shared[-1]["weights_bytes"]
     assert shared[-1]["private_bytes"] < shared[-1]["resident_bytes"] / 5
-    assert shared[0]["threads"] == shared[1]["threads"]
+    assert shared[1]["threads"] <= shared[0]["threads"] + 2  # a pool's next thread, not one for each of five models

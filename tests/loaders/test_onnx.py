@@ -238,4 +238,4 @@ def test_sizes_are_what_malloc_gave(save_mlp: Save, widths: tuple[int, ...], dty
     before = process.malloc_bytes()
     keep += [LOADER.load(artifact) for _ in range(5)]
     assert keep[1].size_bytes == pytest.approx((process.malloc_bytes() - before) / 5, rel=0.15)
-    assert LOADER.estimate_bytes(artifact) == pytest.approx(keep[1].size_bytes, rel=0.15)
+    assert LOADER.estimate_bytes(artifact) == pytest.approx(keep[1].size_bytes, rel=0.25)

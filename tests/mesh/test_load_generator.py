@@ -42,13 +42,16 @@ async def run(load: Load) -> Result:
 async def test_every_message_is_sent_in_turn_and_counted(frontend: str) -> None:
     seen: Counter[bytes] = Counter()
     running = most = 0
+    together = asyncio.Event()
 
     async def handler(call: Call, message: bytes) -> bytes:
         nonlocal running, most
         assert ("x-tenant", "a") in call.metadata
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0)
+        if most > 1:
+            together.set()
+        await together.wait()
         running -= 1
         seen[message] += 1
         return message * 2

@@ -103,9 +103,11 @@ async def test_a_forward_carries_the_clients_headers(three: Mesh, monkeypatch: p
     came: list[tuple[str, Metadata]] = []
     model_of = Router.model_of
 
-    async def seen(router: Router, call: Call, message: bytes, field_number: int) -> tuple[str, Hop]:
+    async def seen(
+        router: Router, call: Call, message: bytes, field_number: int, *, splits: bool = False
+    ) -> tuple[str, Hop]:
         came.append((call.method, call.metadata))
-        return await model_of(router, call, message, field_number)
+        return await model_of(router, call, message, field_number, splits=splits)
 
     await three.register("m", load=True)
     (holder,) = three.holders("m")
