@@ -23,8 +23,8 @@ from tests.operator.manifests import isvc
 TIMEOUT_S: Final = 30.0
 ROOT: Final = Path(__file__).resolve().parents[2]
 NAMESPACE: Final = "news"
-_BY_PLURAL: Final = {resource.plural: resource for resource in RESOURCES}
-ISVC: Final = _BY_PLURAL["inferenceservices"]
+BY_PLURAL: Final = {resource.plural: resource for resource in RESOURCES}
+ISVC: Final = BY_PLURAL["inferenceservices"]
 
 
 class Rig:
@@ -44,7 +44,7 @@ class Rig:
     # The cluster
 
     async def create(self, plural: str, body: Mapping[str, Any], namespace: str = NAMESPACE) -> Object:
-        resource = _BY_PLURAL[plural]
+        resource = BY_PLURAL[plural]
         made = self.api.objects.create(resource, namespace if resource.namespaced else "", body)
         await self.api.notify()
         return made
@@ -88,9 +88,7 @@ class Rig:
 
     def reasons(self, name: str = "fraud") -> list[str]:
         """Of the events of an InferenceService, in order."""
-        events = sorted(
-            self.api.objects.list(_BY_PLURAL["events"]), key=lambda e: int(e["metadata"]["resourceVersion"])
-        )
+        events = sorted(self.api.objects.list(BY_PLURAL["events"]), key=lambda e: int(e["metadata"]["resourceVersion"]))
         return [event["reason"] for event in events if event["involvedObject"]["name"] == name]
 
     async def becomes(self, holds: Callable[[], bool]) -> None:
@@ -171,7 +169,7 @@ async def rigged(folder: Path, loads: Loads, **settings: Any) -> AsyncIterator[R
     await mesh.start("a", **settings)
     try:
         async with FakeApi().running() as api:
-            (folder / "kubeconfig").write_text(yaml.safe_dump(_kubeconfig(api.url)))
+            (folder / "kubeconfig").write_text(yaml.safe_dump(kubeconfig(api.url)))
             rig = Rig(api, mesh, folder)
             for name in (NAMESPACE, "sports", "kserve"):
                 await rig.create("namespaces", {"metadata": {"name": name}})
@@ -198,7 +196,7 @@ def fraud(where: str = "synthetic", name: str = "fraud", **told: Any) -> dict[st
     return isvc(predictor, name=name, finalizers=(), **told)
 
 
-def _kubeconfig(url: str) -> dict[str, Any]:
+def kubeconfig(url: str) -> dict[str, Any]:
     return {
         "current-context": "fake",
         "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake", "namespace": NAMESPACE}}],
