@@ -129,7 +129,10 @@ def _difference(found: Array, expected: Array) -> float:
 
 
 def _disk_bytes(path: Path) -> int:
-    files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+    if path.is_dir():
+        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    else:
+        files = list(path.parent.glob(f"{path.stem}.*"))  # OpenVINO's weights lie beside
     return sum(file.stat().st_size for file in files)
 
 

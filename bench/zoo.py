@@ -5,6 +5,8 @@ All are trained on, or take, scikit-learn's digits: rows of 64 numbers (networks
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -314,6 +316,79 @@ def _conv(path: Path, size: int) -> None:
     _torch(path, size, conv=True)
 
 
+_WIDE: Final = (32, 128, 384, 1024, 2048)
+_ARCHITECTURE: Final = {
+    "input": {"shape": [-1, 64]},
+    "layers": [{"linear": "0"}, "relu", {"linear": "2"}, "relu", {"linear": "4"}],
+}
+
+
+def _network_of(size: int) -> Any:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(size)
+    wide = _WIDE[size]
+    return nn.Sequential(nn.Linear(64, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, 10))
+
+
+def _safetensors(path: Path, size: int) -> None:
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    (path / "architecture.json").write_text(json.dumps(_ARCHITECTURE))
+    save_file(dict(_network_of(size).state_dict()), path / "model.safetensors")
+
+
+def _from_safetensors(path: Path) -> Predict:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(path / "model.safetensors")
+    module = _network_of(_WIDE.index(len(weights["0.bias"]))).eval()
+    module.load_state_dict(weights)
+
+    def predict(rows: Array) -> Array:
+        with torch.inference_mode():
+            return np.asarray(module(torch.from_numpy(rows)).numpy())
+
+    return predict
+
+
+# OpenVINO, MLflow
+
+
+def _openvino(path: Path, size: int) -> None:
+    openvino = _quiet_openvino()
+    from openvino import opset13
+
+    rng, wide = np.random.default_rng(size), _WIDE[size]
+    given = answer = opset13.parameter([-1, 64], np.float32, name="x")
+    for takes, gives in ((64, wide), (wide, wide), (wide, 10)):
+        weights = opset13.constant(rng.standard_normal((takes, gives)).astype(np.float32) / takes)
+        answer = opset13.tanh(opset13.matmul(answer, weights, False, False))
+    answer.output(0).set_names({"y"})
+    openvino.save_model(openvino.Model([answer], [given], "m"), path, compress_to_fp16=False)
+
+
+def _from_openvino(path: Path) -> Predict:
+    compiled = _quiet_openvino().Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda rows: np.asarray(compiled(rows)[0])
+
+
+def _quiet_openvino() -> Any:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def _mlflow(path: Path, size: int) -> None:
+    path.mkdir()
+    _onnx_mlp(path / "model.onnx", size)
+    (path / "MLmodel").write_text("flavors:\n  onnx:\n    data: model.onnx\n  python_function: {}\n")
+
+
 # Python
 
 _MODEL: Final = """
@@ -371,6 +446,9 @@ ZOO: Final[dict[str, Kind]] = {
     "xgboost, json": Kind("xgboost", ".json", ("xgboost", "sklearn"), _xgboost, _from_xgboost),
     "lightgbm": Kind("lightgbm", ".txt", ("lightgbm", "sklearn"), _lightgbm, _from_lightgbm, dtype=np.float64),
     "python": Kind("python", "", ("sklearn",), _python, _from_python, has_process=True),
+    "safetensors": Kind("safetensors", "", (*_TORCH, "safetensors"), _safetensors, _from_safetensors),
+    "openvino": Kind("openvino", ".xml", ("openvino", "sklearn"), _openvino, _from_openvino),
+    "mlflow": Kind("mlflow", "", (*_ONNX, "yaml"), _mlflow, lambda path: _session(path / "model.onnx")),
     "torch mlp, pt2": Kind("torch", ".pt2", _TORCH, _mlp, _from_torch),
     "torch conv, pt2": Kind("torch", ".pt2", _TORCH, _conv, _from_torch, shape=_IMAGE),
     "torch mlp, pt": Kind("torch", ".pt", _TORCH, _mlp, _from_torch),
